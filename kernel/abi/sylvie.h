@@ -1,0 +1,274 @@
+/* The Sylvie ABI: the one definition of messages, transactions, table layouts and states.
+ *
+ * C includes this file; Python reads it through cffi (kernel/abi/__init__.py), so it holds only declarations that cffi's
+ * parser understands: numeric #define lines, enums, structs. Nobody retypes a number from here.
+ *
+ * Vocabulary: a pfn is the global number of a 4 KiB frame of an enclave (node after node); a vpage is a page's index in the
+ * arena of one address space (vpage 0 lies at SY_ARENA_START); an asid names one registered address space.
+ */
+#define SY_ABI_VERSION 1
+#define SY_MAGIC 0x5953564c
+
+#define SY_PAGE_SHIFT 12
+#define SY_PAGE_SIZE 4096
+#define SY_MAX_ORDER 10
+#define SY_HUGE_ORDER 9
+#define SY_MAX_NODES 8
+#define SY_NO_FRAME 0xffffffff
+
+/* The arena: the range of every managed address space that the stub keeps. */
+#define SY_ARENA_START 0x500000000000
+#define SY_ARENA_SIZE 0x1000000000
+#define SY_ARENA_PAGES 16777216
+/* Its first quarter holds the brk heap, the rest what mmap returns. */
+#define SY_BRK_PAGES 4194304
+#define SY_CHUNK_PAGES 512
+#define SY_CHUNKS 32768
+
+/* The sixth argument of a system call that the stub itself makes: such calls pass the seccomp filter. For calls that use
+ * all six arguments (mmap of a file) the mark is in the unused upper half of the flags argument. */
+#define SY_MARK 0x53594c56
+
+/* ---- messages (stub or gateway -> components), ghOSt's header first ---- */
+enum sy_msg_type {
+  SY_MSG_NOP = 0,
+  /* 64.. tasks and 128.. CPUs keep ghOSt's numbers; the memory group starts here */
+  SY_MSG_MM_NEW = 192,        /* asid; arg = pid */
+  SY_MSG_MM_EXIT = 193,       /* asid; arg = pid. All its frames have been freed (PAGE_FREED came before) */
+  SY_MSG_MM_FORK = 194,       /* asid = parent; arg = the child's pid */
+  SY_MSG_MM_EXEC = 195,       /* asid = the new address space; arg = pid; vpage = old asid */
+  SY_MSG_MM_MMAP = 196,       /* vpage, npages; arg = prot */
+  SY_MSG_MM_MUNMAP = 197,     /* vpage, npages */
+  SY_MSG_MM_MREMAP = 198,     /* vpage, npages = new; arg = old vpage */
+  SY_MSG_MM_MADVISE = 199,    /* vpage, npages; arg = advice */
+  SY_MSG_PAGE_FAULT = 200,    /* vpage; arg = userfaultfd flags: a fault the stub could not settle */
+  SY_MSG_PAGE_MAPPED = 201,   /* vpage, pfn, order, npages = 1 << order */
+  SY_MSG_PAGE_FREED = 202,    /* pfn, npages: frames that are FREE again. From the stub also vpage */
+  SY_MSG_PAGE_HINT = 203,
+  SY_MSG_PAGE_SWAPPED = 204,
+  SY_MSG_PAGE_REFAULT = 205,
+  SY_MSG_PAGE_COW = 206,
+  SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
+  SY_MSG_WATERMARK = 208,
+  SY_MSG_OOM = 209,           /* asid; npages = pages that were wanted and not there */
+  SY_MSG_PRESSURE = 210,
+  SY_MSG_HEAT_READY = 211,
+  SY_MSG_COMPONENT_UP = 212,  /* arg = component id */
+  SY_MSG_COMPONENT_LOST = 213,/* arg = component id */
+  SY_MSG_OVERFLOW = 214,      /* asid; arg = messages lost in its channel so far */
+  SY_MSG_FRAMES_ONLINE = 215, /* pfn, npages: populated, now FREE */
+  SY_MSG_RESERVE_LOW = 216,   /* order; npages = blocks of that order left in the gateway's reserve */
+  SY_MSG_FRAMES_TAKEN = 217,  /* pfn, order, npages: the gateway's own first-fit allocator took FREE frames; asid or 0 */
+  SY_MSG_PAGE_MOVED = 218,    /* stub -> gateway: mremap; pfn, npages; vpage = new */
+  SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
+};
+
+/* One message, 40 bytes. seqnum counts per source in a channel, and over all events once the gateway has published it. */
+struct sy_msg {
+  uint16_t type;
+  uint16_t length;   /* of the whole message, bytes */
+  uint32_t seqnum;
+  uint32_t asid;
+  uint32_t pfn;
+  uint64_t vpage;
+  uint32_t npages;
+  uint16_t order;
+  uint16_t node;
+  uint64_t arg;
+};
+
+/* ---- frames ---- */
+enum sy_frame_state {
+  SY_FRAME_OFFLINE = 0,  /* not populated yet */
+  SY_FRAME_FREE = 1,
+  SY_FRAME_GRANTED = 2,  /* in asid's magazine (or in its hand) */
+  SY_FRAME_MAPPED = 3,   /* in asid's page table at vpage */
+  SY_FRAME_ISOLATED = 4, /* between two states: the gateway is at work on it */
+  SY_FRAME_SHARED = 5,
+  SY_FRAME_RESERVED = 6, /* held for the gateway's own use */
+  SY_FRAME_PINNED = 7,
+  SY_FRAME_STATES = 8
+};
+#define SY_FF_ZERO 1     /* content is known to be zero */
+
+/* Frame table entry: Linux's struct page, ghOSt's status word. Writer: the gateway only, under its lock. Readers see each
+ * field whole (aligned); a decision is validated by the barrier, which changes with every change of the entry. */
+struct sy_frame {
+  uint8_t state;
+  uint8_t order;      /* of the block that it was granted or reserved in */
+  uint8_t node;
+  uint8_t flags;
+  uint32_t refcount;  /* page-table words that name it */
+  uint32_t asid;      /* owner; 0 = none */
+  uint32_t barrier;
+  uint64_t vpage;     /* reverse map: where the owner has it */
+  uint64_t phys;      /* physical page frame number of the machine, 0 = not known */
+  uint64_t reserved[4];
+};
+
+/* ---- page table words ---- */
+enum sy_pte_state {
+  SY_PTE_NONE = 0,
+  SY_PTE_PRESENT = 1,
+  SY_PTE_LOCKED = 2,     /* somebody is at work on this page; whoever unlocks with CONTENDED set must wake it */
+  SY_PTE_SWAPPED = 3,
+  SY_PTE_SHARED_RO = 4,
+  SY_PTE_NATIVE = 5      /* backed by the kernel's own anonymous memory (no frame could be had) */
+};
+#define SY_PTE_STATE_MASK 0xf
+#define SY_PTE_STALE 0x10      /* the kernel's mapping here still names an old frame offset (registered, no entry) */
+#define SY_PTE_CONTENDED 0x20  /* a fault met LOCKED and was left waiting */
+#define SY_PTE_HASFRAME 0x40   /* LOCKED: the pfn field is valid */
+#define SY_PTE_PFN_SHIFT 12
+
+/* ---- shared memory of one address space, written by its stub (memfd "as", mode 0600) ---- */
+#define SY_CHANNEL_SLOTS 8192
+/* Bounded queue, many producers (program and service threads), one consumer (gateway). A producer reserves by
+ * compare-and-swap on head when slot.turn == head, writes msg, then stores turn = position + 1 (release). The consumer reads
+ * when turn == position + 1 (acquire) and stores turn = position + SLOTS (release). Full: the producer adds 1 to overflow and goes
+ * on; the gateway then resynchronises from the page table. */
+struct sy_slot { uint64_t turn; struct sy_msg msg; };
+struct sy_channel {
+  uint64_t head;
+  uint64_t pad0[7];
+  uint64_t overflow;
+  uint32_t seqnum;
+  uint32_t pad1;
+  uint64_t pad2[6];
+  struct sy_slot slots[SY_CHANNEL_SLOTS];
+};
+#define SY_SERVICE_THREADS 2
+/* Completion of a command: id = the command's id once done. */
+struct sy_cmd_done { uint64_t id; int64_t result; };
+#define SY_CMD_SLOTS 64
+struct sy_as_ctl {
+  uint32_t magic;
+  uint32_t abi;
+  uint32_t mag_head[16];            /* per order: blocks taken from the magazine so far (free-running) */
+  uint32_t in_hand[SY_SERVICE_THREADS]; /* block being mapped: pfn; SY_NO_FRAME = none. Written before mag_head moves */
+  uint32_t in_hand_order[SY_SERVICE_THREADS];
+  uint32_t fork_active;
+  uint32_t fork_done;               /* futex: the child has copied */
+  uint32_t mag_low_sent;            /* bit per order: MAGAZINE_LOW sent, not refilled since */
+  uint32_t pad;
+  uint64_t faults;
+  uint64_t pages_mapped;            /* pages with a frame now */
+  uint64_t pages_native;            /* arena pages that went native for want of frames */
+  uint64_t mag_empty;               /* faults that had to ask the gateway */
+  uint64_t brk_pages;
+  uint64_t mmap_hi;                 /* vpages above this were never used */
+  struct sy_cmd_done done[SY_CMD_SLOTS];
+};
+/* Layout of the memfd: ctl at 0; chunk map; channel; page table. */
+#define SY_AS_CTL_OFF 0
+#define SY_AS_CHUNKS_OFF 8192        /* uint8_t[SY_CHUNKS]: chunk has ever had a non-zero page-table word */
+#define SY_AS_CHANNEL_OFF 40960
+#define SY_AS_PTE_OFF 1048576        /* uint64_t[SY_ARENA_PAGES] */
+#define SY_AS_BYTES 135266304
+
+/* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
+#define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2 };
+struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
+/* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
+ * mag_head in its own memory by compare-and-swap. */
+struct sy_mag_ring { uint32_t tail; uint32_t low; uint32_t slot[SY_MAG_SLOTS]; };
+struct sy_mag {
+  uint32_t magic;
+  uint32_t abi;
+  uint32_t asid;
+  uint32_t fault_order;              /* order the stub takes at a first touch */
+  uint32_t fault_order_max;          /* up to which it may grow for a sequential toucher */
+  uint32_t refill_seq;               /* futex: moves after each answer to an urgent request */
+  uint32_t no_frames;                /* the last urgent request found nothing: go native */
+  uint32_t cmd_tail;
+  struct sy_cmd cmd[SY_CMD_SLOTS];
+  struct sy_mag_ring ring[10];       /* orders 0..9 */
+};
+#define SY_MAG_BYTES 28672
+
+/* ---- enclave header (memfd "header": gateway writes, everybody else has it read-only) ---- */
+struct sy_node { uint32_t base; uint32_t frames; };   /* first pfn, number */
+struct sy_component { uint32_t id; uint32_t pid; uint64_t heartbeat_ns; uint32_t state; uint32_t restarts; };
+#define SY_MAX_COMPONENTS 8
+struct sy_header {
+  uint32_t magic;
+  uint32_t abi;
+  uint32_t nodes;
+  uint32_t frames;
+  struct sy_node node[SY_MAX_NODES];
+  uint32_t gateway_pid;
+  uint32_t gateway_asleep;           /* 1: ring the doorbell after appending to a channel */
+  uint32_t populated;                /* frames that are no longer OFFLINE */
+  uint32_t default_fault_order;
+  uint32_t default_fault_order_max;
+  uint32_t event_seq;                /* last sequence number given to an event (wraps) */
+  uint64_t events_lost;              /* the gateway's own event ring was full */
+  uint64_t counters[32];             /* enum sy_counter */
+  struct sy_component component[SY_MAX_COMPONENTS];
+};
+#define SY_HEADER_BYTES 4096
+/* The bell: one page that all stubs and the gateway share. A producer that finds header.gateway_asleep set adds 1 and does
+ * FUTEX_WAKE (shared): no descriptor is needed. Garbage in it costs the gateway a wake-up at most: it looks every 50 ms anyway. */
+struct sy_bell { uint32_t rung; };
+#define SY_BELL_BYTES 4096
+enum sy_counter {
+  SY_CNT_REGISTERED = 0, SY_CNT_EXITED = 1, SY_CNT_URGENT = 2, SY_CNT_FIRST_FIT = 3, SY_CNT_GRANTS = 4,
+  SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,
+  SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13
+};
+
+/* ---- transactions (component -> gateway) ---- */
+enum sy_op_code {
+  SY_OP_GRANT = 1, SY_OP_RESERVE = 2, SY_OP_RELEASE = 3, SY_OP_RECLAIM = 4, SY_OP_AGE = 5, SY_OP_PREFETCH = 6,
+  SY_OP_FAULT_ORDER = 7, SY_OP_COLLAPSE = 8, SY_OP_SPLIT = 9, SY_OP_MERGE = 10, SY_OP_MIGRATE = 11, SY_OP_RUN = 12,
+  SY_OP_SET_POLICY_WORD = 13
+};
+/* ghOSt's transaction states, as results. */
+enum sy_result {
+  SY_R_PENDING = 0, SY_R_COMPLETE = 1, SY_R_ABORTED = 2, SY_R_STALE = 3, SY_R_NOT_FOUND = 4, SY_R_NOT_PERMITTED = 5,
+  SY_R_INVALID = 6, SY_R_FULL = 7, SY_R_BUSY = 8
+};
+enum sy_component_id { SY_C_NONE = 0, SY_C_BUDDY = 1, SY_C_KSWAPD = 2, SY_C_KSM = 3, SY_C_THP = 4, SY_C_AUTONUMA = 5, SY_C_SCHED = 6 };
+/* uid that component id N runs as: BASE + N */
+#define SY_COMPONENT_UID_BASE 64200
+/* One operation, 32 bytes. barrier = the barrier of frame[pfn] that the decision was made on. */
+struct sy_op {
+  uint16_t op;
+  uint16_t order;
+  uint32_t asid;
+  uint32_t pfn;
+  uint32_t barrier;
+  uint64_t arg;
+  uint32_t result;   /* out: enum sy_result */
+  uint32_t pad;
+};
+
+/* ---- the Unix socket <run dir>/gateway.sock (SOCK_SEQPACKET) ---- */
+enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT = 3, SY_HELLO_NEED_UFFD = 4 };
+/* STUB: with the client's userfaultfd (no UFFDIO_API done on it: the gateway does it, EVENT_FORK needs privilege).
+ * NEED_UFFD: the answer carries a descriptor of /dev/userfaultfd; the client goes on with STUB on the same socket.
+ * KEEPER: with the seccomp listener and a one-page memfd (struct sy_keeper_page). COMPONENT: arg = component id. */
+struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; };
+enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3 };
+/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), ram of node 0, 1, … COMPONENT: header, frames. */
+struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
+/* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
+enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3 };
+struct sy_request { uint32_t kind; uint32_t order; uint64_t vpage; uint32_t tids[4]; };
+/* A command is announced by FUTEX_WAKE (shared) on mag.cmd_tail. */
+/* Keeper page: written by the gateway, so that the keeper can answer what a dead gateway left open. 0 = none. */
+#define SY_KEEPER_INFLIGHT 32
+struct sy_keeper_page { uint64_t inflight[SY_KEEPER_INFLIGHT]; };
+
+/* ---- what the gateway reports about one address space (sylvie status) ---- */
+struct sy_as_info {
+  uint32_t asid; uint32_t pid; uint32_t state; uint32_t fault_order;
+  uint64_t frames;        /* owned: granted + mapped */
+  uint64_t mapped;        /* frames MAPPED */
+  uint64_t native_pages;  /* arena pages that are native */
+  uint64_t faults; uint64_t urgent; uint64_t overflow; uint64_t bad_claims;
+  uint64_t brk_pages;
+  uint32_t mag_level[10]; /* blocks ready, per order */
+  uint32_t pad[2];
+};

@@ -1,0 +1,676 @@
+/* The gateway's C half: RAM, tables, registrations, channels, magazines, transactions, notifications.
+ *
+ * Threads: server (epoll: registrations, deaths, urgent refills, notifications), drain (channels), populate; and whatever Python
+ * thread calls in. None of them ever takes the GIL, so nothing that a program waits for waits for Python.
+ *
+ * Locking: `lock` guards the frame table, the free bitmap, the reserve, the ownership lists and the table of address spaces; it is
+ * held for bookkeeping only, never while memory is zeroed. `ev_lock` guards the event ring and is taken inside `lock`, never the
+ * other way round. The server thread alone owns connections and notifications in flight. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#include "../abi/sylvie.h"
+#include "gateway.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+#ifndef SECCOMP_IOCTL_NOTIF_SET_FLAGS
+#define SECCOMP_IOCTL_NOTIF_SET_FLAGS SECCOMP_IOW(4, __u64)
+#define SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP 1
+#endif
+#ifndef __NR_mseal
+#define __NR_mseal 462
+#endif
+#define PS ((uint64_t)SY_PAGE_SIZE)
+#define CHUNK_FRAMES 1024u /* 4 MiB: unit of populating, and alignment of a node's RAM (the largest order) */
+#define MAX_AS 4096
+#define EV_RING (1u << 17)
+#define POOL 8
+#define NONE 0xffffffffu
+
+enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY, CONN_STOP };
+
+struct as;
+struct conn {
+  enum conn_kind kind;
+  int fd;
+  pid_t pid;
+  struct as *as;
+  struct conn *peer; /* keeper <-> its listener */
+  struct sy_keeper_page *page;
+  int dead;
+  struct conn *next_dead;
+};
+
+struct as {
+  uint32_t asid;
+  pid_t pid;
+  int uffd, as_fd, mag_fd, mag_ro;
+  uint8_t *mem; /* the memfd "as", SY_AS_BYTES */
+  struct sy_as_ctl *ctl;
+  uint8_t *chunks;
+  struct sy_channel *chan;
+  uint64_t *pte;
+  struct sy_mag *mag;
+  uint64_t tail;          /* of the channel: ours, whatever the client writes */
+  uint64_t overflow_seen;
+  uint32_t list;          /* first owned frame, NONE = none */
+  uint64_t frames, mapped, bad_claims, urgent;
+  uint32_t mag_head_seen[10];
+  int dying;              /* socket hung up: freed once the mm is gone */
+  uint64_t next_test_ns, test_step_ns;
+  uint32_t cmd_next;
+  uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
+  uint32_t *suspect;      /* frames (pfn, barrier pairs) found unnamed in the first pass */
+  uint64_t suspects;
+  int resync_pass;
+};
+
+struct pending { uint64_t cmd_id; struct as *as; struct conn *listener; uint64_t notif_id; uint64_t deadline_ns; };
+
+struct sy_gateway {
+  char run_dir[92], sock_path[108];
+  uint32_t nodes, nframes;
+  struct sy_node node[SY_MAX_NODES];
+  int ram_fd[SY_MAX_NODES];
+  uint8_t *ram[SY_MAX_NODES];
+  int frames_fd, frames_ro, header_fd, header_ro, bell_fd;
+  struct sy_frame *frames;
+  struct sy_header *hdr;
+  struct sy_bell *bell;
+
+  pthread_mutex_t lock;
+  uint64_t *free_map;     /* 1 bit a frame: FREE */
+  uint64_t nfree, hint;
+  uint32_t *fnext, *fprev;
+  struct as *as[MAX_AS];
+  uint32_t nas, next_asid;
+  uint32_t *reserve[SY_MAX_ORDER + 1];
+  uint32_t nreserve[SY_MAX_ORDER + 1], reserve_cap[SY_MAX_ORDER + 1], reserve_target[SY_MAX_ORDER + 1];
+  int reserve_told[SY_MAX_ORDER + 1];
+  uint32_t low[10];
+
+  pthread_mutex_t ev_lock;
+  struct sy_msg *ev;
+  uint64_t ev_head, ev_tail;
+  uint32_t ev_seq;
+  int ev_fd;
+
+  struct { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; } pool[POOL];
+  int npool;
+
+  pthread_t server, drain, populate;
+  int have_server, have_drain, have_populate;
+  int stopping, ep, listen_fd, stop_fd;
+  struct pending pend[256];
+  int npend;
+  uint64_t cmd_id;
+  struct seccomp_notif_sizes sizes;
+};
+
+static uint64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+static void count(struct sy_gateway *g, int c, uint64_t n) { __atomic_fetch_add(&g->hdr->counters[c], n, __ATOMIC_RELAXED); }
+static void futex_wake_all(void *w) { syscall(SYS_futex, w, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0); }
+
+/* ---------------------------------------------------------------- events */
+static void event(struct sy_gateway *g, struct sy_msg m) {
+  m.length = sizeof m;
+  pthread_mutex_lock(&g->ev_lock);
+  m.seqnum = ++g->ev_seq;
+  g->hdr->event_seq = g->ev_seq;
+  if (g->ev_head - g->ev_tail == EV_RING)
+    g->hdr->events_lost++; /* the number is spent all the same: readers see the gap */
+  else {
+    int was_empty = g->ev_head == g->ev_tail;
+    g->ev[g->ev_head++ % EV_RING] = m;
+    if (was_empty) {
+      uint64_t one = 1;
+      if (write(g->ev_fd, &one, 8) < 0) { /* full counter: readable anyway */
+      }
+    }
+  }
+  pthread_mutex_unlock(&g->ev_lock);
+}
+static void event_frames(struct sy_gateway *g, int type, uint32_t asid, uint32_t pfn, uint64_t n, int order) {
+  event(g, (struct sy_msg){.type = (uint16_t)type, .asid = asid, .pfn = pfn, .npages = (uint32_t)n, .order = (uint16_t)order, .node = g->frames[pfn].node});
+}
+int sy_gw_events(struct sy_gateway *g, struct sy_msg *out, int max) {
+  int n = 0;
+  pthread_mutex_lock(&g->ev_lock);
+  while (n < max && g->ev_tail != g->ev_head) out[n++] = g->ev[g->ev_tail++ % EV_RING];
+  if (g->ev_tail == g->ev_head) {
+    uint64_t x;
+    if (read(g->ev_fd, &x, 8) < 0) { /* was not signalled */
+    }
+  }
+  pthread_mutex_unlock(&g->ev_lock);
+  return n;
+}
+void sy_gw_post(struct sy_gateway *g, const struct sy_msg *m) { event(g, *m); }
+int sy_gw_event_fd(struct sy_gateway *g) { return g->ev_fd; }
+int sy_gw_header_fd(struct sy_gateway *g) { return g->header_ro; }
+int sy_gw_frames_fd(struct sy_gateway *g) { return g->frames_ro; }
+
+/* ---------------------------------------------------------------- frames (all under lock) */
+static uint8_t *frame_mem(struct sy_gateway *g, uint32_t pfn) {
+  uint32_t n = g->frames[pfn].node;
+  return g->ram[n] + (uint64_t)(pfn - g->node[n].base) * PS;
+}
+static void set_free_bits(struct sy_gateway *g, uint32_t pfn, uint32_t n, int on) {
+  for (uint32_t i = pfn; i < pfn + n;) {
+    uint32_t bit = i % 64, k = 64 - bit < pfn + n - i ? 64 - bit : pfn + n - i;
+    uint64_t mask = (k == 64 ? ~0ull : ((1ull << k) - 1)) << bit;
+    if (on) g->free_map[i / 64] |= mask;
+    else g->free_map[i / 64] &= ~mask;
+    i += k;
+  }
+  g->nfree += on ? n : -(uint64_t)n;
+}
+static int all_free(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
+  for (uint32_t i = pfn; i < pfn + n;) {
+    uint32_t bit = i % 64, k = 64 - bit < pfn + n - i ? 64 - bit : pfn + n - i;
+    uint64_t mask = (k == 64 ? ~0ull : ((1ull << k) - 1)) << bit;
+    if ((g->free_map[i / 64] & mask) != mask) return 0;
+    i += k;
+  }
+  return 1;
+}
+static void set_state(struct sy_gateway *g, uint32_t pfn, uint32_t n, int state, int order) {
+  for (uint32_t i = pfn; i < pfn + n; i++) {
+    struct sy_frame *f = &g->frames[i];
+    __atomic_store_n(&f->state, (uint8_t)state, __ATOMIC_RELEASE);
+    f->order = (uint8_t)order;
+    __atomic_store_n(&f->barrier, f->barrier + 1, __ATOMIC_RELEASE);
+  }
+}
+/* FREE -> ISOLATED. */
+static void isolate(struct sy_gateway *g, uint32_t pfn, int order) {
+  set_free_bits(g, pfn, 1u << order, 0);
+  set_state(g, pfn, 1u << order, SY_FRAME_ISOLATED, order);
+}
+/* any state of ours -> FREE. The caller has unlinked it from its owner. */
+static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) {
+  for (uint32_t i = pfn; i < pfn + n; i++) {
+    struct sy_frame *f = &g->frames[i];
+    f->asid = 0, f->vpage = 0, f->refcount = 0;
+    f->flags = zero ? SY_FF_ZERO : 0;
+  }
+  set_state(g, pfn, n, SY_FRAME_FREE, 0);
+  set_free_bits(g, pfn, n, 1);
+}
+/* Not under lock: frames are ISOLATED, so nobody else looks at them. */
+static void zero_block(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
+  for (uint32_t i = 0; i < n;) {
+    if (g->frames[pfn + i].flags & SY_FF_ZERO) {
+      i++;
+      continue;
+    }
+    uint32_t k = 1;
+    while (i + k < n && !(g->frames[pfn + i + k].flags & SY_FF_ZERO)) k++;
+    memset(frame_mem(g, pfn + i), 0, k * PS);
+    count(g, SY_CNT_ZEROED, k);
+    i += k;
+  }
+}
+static void own(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n) {
+  for (uint32_t i = pfn + n; i-- > pfn;) { /* ascending in the list */
+    g->fnext[i] = a->list, g->fprev[i] = NONE;
+    if (a->list != NONE) g->fprev[a->list] = i;
+    a->list = i;
+  }
+  a->frames += n;
+}
+static void disown(struct sy_gateway *g, struct as *a, uint32_t pfn) {
+  uint32_t nx = g->fnext[pfn], pv = g->fprev[pfn];
+  if (pv != NONE) g->fnext[pv] = nx;
+  else a->list = nx;
+  if (nx != NONE) g->fprev[nx] = pv;
+  a->frames--;
+}
+
+/* Our own allocator, for when no component has prepared anything: first fit over the bitmap, next-fit hint. ISOLATED, or NONE. */
+static uint32_t first_fit(struct sy_gateway *g, int order) {
+  uint32_t n = 1u << order, total = g->nframes;
+  if (g->nfree < n) return NONE;
+  uint32_t start = (uint32_t)g->hint & ~(n - 1);
+  if (start >= total) start = 0;
+  for (int lap = 0; lap < 2; lap++) {
+    uint32_t from = lap ? 0 : start, to = lap ? start : total;
+    for (uint32_t p = from; p + n <= to;) {
+      if (n < 64 && !g->free_map[p / 64]) {
+        p = (p / 64 + 1) * 64;
+        continue;
+      }
+      if (all_free(g, p, n)) {
+        isolate(g, p, order);
+        g->hint = p + n;
+        count(g, SY_CNT_FIRST_FIT, 1);
+        event_frames(g, SY_MSG_FRAMES_TAKEN, 0, p, n, order);
+        return p;
+      }
+      p += n;
+    }
+  }
+  return NONE;
+}
+
+/* ---------------------------------------------------------------- reserve (under lock): blocks RESERVED and zeroed */
+static void reserve_push(struct sy_gateway *g, uint32_t pfn, int order) {
+  if (g->nreserve[order] == g->reserve_cap[order]) {
+    g->reserve_cap[order] = g->reserve_cap[order] ? g->reserve_cap[order] * 2 : 256;
+    g->reserve[order] = realloc(g->reserve[order], g->reserve_cap[order] * sizeof(uint32_t));
+    if (!g->reserve[order]) abort(); /* a few KiB: the machine is beyond help */
+  }
+  set_state(g, pfn, 1u << order, SY_FRAME_RESERVED, order);
+  for (uint32_t i = 0; i < 1u << order; i++) g->frames[pfn + i].flags = SY_FF_ZERO;
+  g->reserve[order][g->nreserve[order]++] = pfn;
+  if (g->nreserve[order] * 2 >= g->reserve_target[order]) g->reserve_told[order] = 0;
+}
+static void reserve_check(struct sy_gateway *g, int order) {
+  if (g->reserve_told[order] || g->nreserve[order] * 2 >= g->reserve_target[order]) return;
+  g->reserve_told[order] = 1;
+  event(g, (struct sy_msg){.type = SY_MSG_RESERVE_LOW, .order = (uint16_t)order, .npages = g->nreserve[order]});
+}
+/* A zeroed block, ISOLATED, of that order; splits a bigger one. NONE = none. */
+static uint32_t reserve_pop(struct sy_gateway *g, int order) {
+  int o = order;
+  while (o <= SY_MAX_ORDER && !g->nreserve[o]) o++;
+  if (o > SY_MAX_ORDER) {
+    reserve_check(g, order);
+    return NONE;
+  }
+  uint32_t pfn = g->reserve[o][--g->nreserve[o]];
+  reserve_check(g, o);
+  while (o > order) {
+    o--;
+    reserve_push(g, pfn + (1u << o), o);
+  }
+  set_state(g, pfn, 1u << order, SY_FRAME_ISOLATED, order);
+  return pfn;
+}
+
+/* ---------------------------------------------------------------- magazines (under lock) */
+static uint32_t mag_level(struct as *a, int order) {
+  uint32_t head = __atomic_load_n(&a->ctl->mag_head[order], __ATOMIC_ACQUIRE), tail = a->mag->ring[order].tail;
+  if (tail - head > SY_MAG_SLOTS || (int32_t)(head - a->mag_head_seen[order]) < 0) { /* a lie: it cannot have taken what was not there */
+    a->bad_claims++;
+    head = a->mag_head_seen[order];
+  }
+  a->mag_head_seen[order] = head;
+  return tail - head;
+}
+/* ISOLATED and zero -> GRANTED, in the magazine. 0, or -1: ring full. */
+static int mag_push(struct sy_gateway *g, struct as *a, uint32_t pfn, int order) {
+  struct sy_mag_ring *r = &a->mag->ring[order];
+  if (mag_level(a, order) >= SY_MAG_SLOTS) return -1;
+  for (uint32_t i = pfn; i < pfn + (1u << order); i++) {
+    struct sy_frame *f = &g->frames[i];
+    f->asid = a->asid, f->flags = 0, f->refcount = 0, f->vpage = 0;
+  }
+  set_state(g, pfn, 1u << order, SY_FRAME_GRANTED, order);
+  own(g, a, pfn, 1u << order);
+  r->slot[r->tail % SY_MAG_SLOTS] = pfn;
+  __atomic_store_n(&r->tail, r->tail + 1, __ATOMIC_RELEASE);
+  __atomic_fetch_and(&a->ctl->mag_low_sent, ~(1u << order), __ATOMIC_SEQ_CST);
+  return 0;
+}
+/* One block of at most that order from reserve or first fit, zeroed, into the magazine. Returns pages given, 0 = nothing left. Drops the lock
+ * while it zeroes. */
+static uint32_t give(struct sy_gateway *g, struct as *a, int order) {
+  uint32_t pfn = reserve_pop(g, order);
+  while (pfn == NONE) {
+    pfn = first_fit(g, order);
+    if (pfn != NONE) {
+      uint32_t n = 1u << order;
+      pthread_mutex_unlock(&g->lock);
+      zero_block(g, pfn, n);
+      pthread_mutex_lock(&g->lock);
+    } else if (order == 0)
+      return 0;
+    else
+      pfn = reserve_pop(g, --order);
+  }
+  if (mag_push(g, a, pfn, order)) {
+    make_free(g, pfn, 1u << order, 1);
+    event_frames(g, SY_MSG_PAGE_FREED, 0, pfn, 1u << order, order);
+    return 0;
+  }
+  return 1u << order;
+}
+
+/* ---------------------------------------------------------------- address spaces */
+static struct as *find_as(struct sy_gateway *g, uint32_t asid) {
+  for (uint32_t i = 0; i < g->nas; i++)
+    if (g->as[i]->asid == asid) return g->as[i];
+  return NULL;
+}
+static int reopen_ro(int fd) {
+  char p[64];
+  snprintf(p, sizeof p, "/proc/self/fd/%d", fd);
+  return open(p, O_RDONLY | O_CLOEXEC);
+}
+static int make_memfd(const char *name, uint64_t size) {
+  int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0) return -1;
+  if (fchmod(fd, 0600) || ftruncate(fd, (off_t)size)) { /* 0600: or a read-only descriptor could be reopened for writing */
+    close(fd);
+    return -1;
+  }
+  fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+  return fd;
+}
+static int make_pair(int *as_fd, int *mag_fd, int *mag_ro, uint8_t **mem, struct sy_mag **mag) {
+  *as_fd = make_memfd("sylvie-as", SY_AS_BYTES), *mag_fd = make_memfd("sylvie-mag", SY_MAG_BYTES);
+  *mag_ro = *mag_fd >= 0 ? reopen_ro(*mag_fd) : -1;
+  *mem = MAP_FAILED, *mag = MAP_FAILED;
+  if (*as_fd >= 0) *mem = mmap(NULL, SY_AS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, *as_fd, 0);
+  if (*mag_fd >= 0) *mag = mmap(NULL, SY_MAG_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, *mag_fd, 0);
+  if (*mag_ro < 0 || *mem == MAP_FAILED || *mag == MAP_FAILED) {
+    if (*mem != MAP_FAILED) munmap(*mem, SY_AS_BYTES);
+    if (*mag != MAP_FAILED) munmap(*mag, SY_MAG_BYTES);
+    if (*as_fd >= 0) close(*as_fd);
+    if (*mag_fd >= 0) close(*mag_fd);
+    if (*mag_ro >= 0) close(*mag_ro);
+    return -1;
+  }
+  struct sy_as_ctl *ctl = (void *)(*mem + SY_AS_CTL_OFF);
+  struct sy_channel *ch = (void *)(*mem + SY_AS_CHANNEL_OFF);
+  ctl->magic = SY_MAGIC, ctl->abi = SY_ABI_VERSION;
+  for (int i = 0; i < SY_SERVICE_THREADS; i++) ctl->in_hand[i] = SY_NO_FRAME;
+  for (uint64_t i = 0; i < SY_CHANNEL_SLOTS; i++) ch->slots[i].turn = i;
+  (*mag)->magic = SY_MAGIC, (*mag)->abi = SY_ABI_VERSION;
+  return 0;
+}
+static void fill_pool(struct sy_gateway *g) { /* drain thread, when idle */
+  for (;;) {
+    int as_fd, mag_fd, mag_ro;
+    uint8_t *mem;
+    struct sy_mag *mag;
+    pthread_mutex_lock(&g->lock);
+    int full = g->npool == POOL;
+    pthread_mutex_unlock(&g->lock);
+    if (full || make_pair(&as_fd, &mag_fd, &mag_ro, &mem, &mag)) return;
+    pthread_mutex_lock(&g->lock);
+    g->pool[g->npool].as_fd = as_fd, g->pool[g->npool].mag_fd = mag_fd, g->pool[g->npool].mag_ro = mag_ro;
+    g->pool[g->npool].mem = mem, g->pool[g->npool++].mag = mag;
+    pthread_mutex_unlock(&g->lock);
+  }
+}
+static void free_as_memory(struct as *a) {
+  if (a->mem) munmap(a->mem, SY_AS_BYTES);
+  if (a->mag) munmap(a->mag, SY_MAG_BYTES);
+  close(a->as_fd), close(a->mag_fd), close(a->mag_ro);
+  if (a->uffd >= 0) close(a->uffd);
+  free(a->suspect);
+  free(a);
+}
+
+static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd) {
+  struct as *a = calloc(1, sizeof *a);
+  if (!a) return NULL;
+  pthread_mutex_lock(&g->lock);
+  if (g->nas == MAX_AS) {
+    pthread_mutex_unlock(&g->lock);
+    free(a);
+    return NULL;
+  }
+  if (g->npool) {
+    g->npool--;
+    a->as_fd = g->pool[g->npool].as_fd, a->mag_fd = g->pool[g->npool].mag_fd, a->mag_ro = g->pool[g->npool].mag_ro;
+    a->mem = g->pool[g->npool].mem, a->mag = g->pool[g->npool].mag;
+  } else if (make_pair(&a->as_fd, &a->mag_fd, &a->mag_ro, &a->mem, &a->mag)) {
+    pthread_mutex_unlock(&g->lock);
+    free(a);
+    return NULL;
+  }
+  a->asid = ++g->next_asid, a->pid = pid, a->uffd = uffd, a->list = NONE;
+  a->ctl = (void *)(a->mem + SY_AS_CTL_OFF), a->chunks = a->mem + SY_AS_CHUNKS_OFF;
+  a->chan = (void *)(a->mem + SY_AS_CHANNEL_OFF), a->pte = (void *)(a->mem + SY_AS_PTE_OFF);
+  a->mag->asid = a->asid;
+  a->mag->fault_order = g->hdr->default_fault_order, a->mag->fault_order_max = g->hdr->default_fault_order_max;
+  for (int i = 0; i < 10; i++) a->mag->ring[i].low = g->low[i];
+  g->as[g->nas++] = a;
+  static const struct { int order, blocks; } first[] = {{0, 16}, {4, 12}};
+  for (unsigned i = 0; i < sizeof first / sizeof *first; i++)
+    for (int k = 0; k < first[i].blocks; k++) give(g, a, first[i].order);
+  uint32_t old = 0;
+  for (uint32_t i = 0; i + 1 < g->nas; i++)
+    if (g->as[i]->pid == pid) old = g->as[i]->asid;
+  count(g, SY_CNT_REGISTERED, 1);
+  event(g, (struct sy_msg){.type = old ? SY_MSG_MM_EXEC : SY_MSG_MM_NEW, .asid = a->asid, .vpage = old, .arg = (uint64_t)pid});
+  pthread_mutex_unlock(&g->lock);
+  return a;
+}
+
+/* ---------------------------------------------------------------- channels (under lock) */
+static void bad(struct sy_gateway *g, struct as *a) {
+  a->bad_claims++;
+  count(g, SY_CNT_BAD_CLAIMS, 1);
+}
+static int owned(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, int states) {
+  if (n == 0 || n > g->nframes || pfn > g->nframes - n) return 0;
+  for (uint32_t i = pfn; i < pfn + n; i++)
+    if (g->frames[i].asid != a->asid || !(states >> g->frames[i].state & 1)) return 0;
+  return 1;
+}
+#define IS(s) (1 << (s))
+static void map_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, uint64_t vpage) {
+  for (uint32_t i = 0; i < n; i++) {
+    struct sy_frame *f = &g->frames[pfn + i];
+    if (f->state != SY_FRAME_MAPPED) a->mapped++;
+    __atomic_store_n(&f->state, SY_FRAME_MAPPED, __ATOMIC_RELEASE);
+    f->vpage = vpage + i, f->refcount = 1;
+    __atomic_store_n(&f->barrier, f->barrier + 1, __ATOMIC_RELEASE);
+  }
+}
+static void release_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n) {
+  for (uint32_t i = pfn; i < pfn + n; i++) {
+    if (g->frames[i].state == SY_FRAME_MAPPED) a->mapped--;
+    disown(g, a, i);
+  }
+  make_free(g, pfn, n, 0);
+}
+static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
+  m.asid = a->asid;
+  switch (m.type) {
+  case SY_MSG_PAGE_MAPPED:
+    if (m.order > SY_HUGE_ORDER || m.npages == 0 || m.npages > 1u << m.order || m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES ||
+        !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED))) {
+      bad(g, a);
+      return;
+    }
+    map_frames(g, a, m.pfn, m.npages, m.vpage);
+    break;
+  case SY_MSG_PAGE_FREED:
+    if (!owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) {
+      bad(g, a);
+      return;
+    }
+    release_frames(g, a, m.pfn, m.npages);
+    break;
+  case SY_MSG_PAGE_MOVED:
+    if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
+      bad(g, a);
+      return;
+    }
+    map_frames(g, a, m.pfn, m.npages, m.vpage);
+    break;
+  case SY_MSG_MAGAZINE_LOW:
+    if (m.order > 9) {
+      bad(g, a);
+      return;
+    }
+    m.npages = mag_level(a, m.order);
+    break;
+  case SY_MSG_MM_FORK: count(g, SY_CNT_FORKS, 1); break;
+  case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_MM_MADVISE: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
+  default: bad(g, a); return;
+  }
+  if (m.pfn < g->nframes) m.node = g->frames[m.pfn].node;
+  event(g, m);
+}
+
+/* The page table is the truth; a channel that overflowed lost some of what led to it. A frame that the address space owns, but neither its page
+ * table, nor its magazine, nor its hand names, twice and unchanged, was freed by a message that was lost. */
+static int cmp32(const void *x, const void *y) { return (*(const uint32_t *)x > *(const uint32_t *)y) - (*(const uint32_t *)x < *(const uint32_t *)y); }
+static void resync(struct sy_gateway *g, struct as *a) {
+  uint32_t *named = malloc((a->frames + 1) * sizeof *named);
+  uint64_t n = 0;
+  if (!named) return;
+  for (uint32_t c = 0; c < SY_CHUNKS; c++) {
+    if (!a->chunks[c]) continue;
+    for (uint32_t i = c * SY_CHUNK_PAGES; i < (c + 1) * SY_CHUNK_PAGES; i++) {
+      uint64_t w = __atomic_load_n(&a->pte[i], __ATOMIC_ACQUIRE);
+      int st = w & SY_PTE_STATE_MASK;
+      uint64_t pfn = w >> SY_PTE_PFN_SHIFT;
+      if (!(st == SY_PTE_PRESENT || (st == SY_PTE_LOCKED && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || n >= a->frames) continue;
+      if (g->frames[pfn].asid != a->asid) continue;
+      named[n++] = (uint32_t)pfn;
+      if (g->frames[pfn].state == SY_FRAME_GRANTED && st == SY_PTE_PRESENT) map_frames(g, a, (uint32_t)pfn, 1, i);
+    }
+  }
+  qsort(named, n, sizeof *named, cmp32);
+  /* what is in the magazine or in hand is marked by its GRANTED block */
+  uint32_t *safe = malloc(sizeof *safe * (10 * SY_MAG_SLOTS + SY_SERVICE_THREADS) * 2);
+  uint64_t ns = 0;
+  for (int o = 0; safe && o < 10; o++) {
+    struct sy_mag_ring *r = &a->mag->ring[o];
+    for (uint32_t h = r->tail - mag_level(a, o); h != r->tail; h++) safe[ns++] = r->slot[h % SY_MAG_SLOTS], safe[ns++] = 1u << o;
+  }
+  for (int i = 0; safe && i < SY_SERVICE_THREADS; i++)
+    if (a->ctl->in_hand[i] < g->nframes) safe[ns++] = a->ctl->in_hand[i], safe[ns++] = 1u << (a->ctl->in_hand_order[i] % 10);
+  uint32_t *lost = malloc((a->frames + 1) * 2 * sizeof *lost);
+  uint64_t nl = 0;
+  for (uint32_t f = a->list; safe && lost && f != NONE; f = g->fnext[f]) {
+    if (bsearch(&f, named, n, sizeof *named, cmp32)) continue;
+    int kept = 0;
+    for (uint64_t i = 0; i < ns && !kept; i += 2) kept = f - safe[i] < safe[i + 1];
+    if (!kept) lost[nl++] = f, lost[nl++] = g->frames[f].barrier;
+  }
+  if (a->resync_pass == 0) {
+    free(a->suspect);
+    a->suspect = lost, a->suspects = nl, lost = NULL;
+    a->resync_pass = 1, a->resync_at_ns = now_ns() + 150000000ull;
+  } else {
+    for (uint64_t i = 0, j = 0; i < nl && lost; i += 2) {
+      for (j = 0; j < a->suspects && (a->suspect[j] != lost[i] || a->suspect[j + 1] != lost[i + 1]); j += 2) {
+      }
+      if (j >= a->suspects) continue;
+      release_frames(g, a, lost[i], 1);
+      event_frames(g, SY_MSG_PAGE_FREED, a->asid, lost[i], 1, 0);
+    }
+    count(g, SY_CNT_RESYNCS, 1);
+    free(a->suspect);
+    a->suspect = NULL, a->suspects = 0, a->resync_pass = 0, a->resync_at_ns = 0;
+  }
+  free(named), free(safe), free(lost);
+}
+
+/* At most `max` messages of one channel; number taken. */
+static int drain_as(struct sy_gateway *g, struct as *a, int max) {
+  int n = 0;
+  for (; n < max; n++) {
+    struct sy_slot *s = &a->chan->slots[a->tail % SY_CHANNEL_SLOTS];
+    if (__atomic_load_n(&s->turn, __ATOMIC_ACQUIRE) != a->tail + 1) break;
+    struct sy_msg m = s->msg; /* a copy: the client may change it under us */
+    __atomic_store_n(&s->turn, a->tail + SY_CHANNEL_SLOTS, __ATOMIC_RELEASE);
+    a->tail++;
+    handle(g, a, m);
+  }
+  uint64_t o = __atomic_load_n(&a->chan->overflow, __ATOMIC_ACQUIRE);
+  if (o != a->overflow_seen) {
+    a->overflow_seen = o;
+    count(g, SY_CNT_OVERFLOWS, 1);
+    event(g, (struct sy_msg){.type = SY_MSG_OVERFLOW, .asid = a->asid, .arg = o});
+    a->resync_pass = 0, a->resync_at_ns = now_ns() + 100000000ull;
+  }
+  return n;
+}
+static int drain_all(struct sy_gateway *g) {
+  int n = 0;
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < g->nas; i++) {
+    n += drain_as(g, g->as[i], 1024);
+    if (g->as[i]->resync_at_ns && now_ns() > g->as[i]->resync_at_ns) resync(g, g->as[i]);
+  }
+  pthread_mutex_unlock(&g->lock);
+  return n;
+}
+static void *drain_thread(void *arg) {
+  struct sy_gateway *g = arg;
+  while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
+    for (int idle = 0; idle < 3;) {
+      idle = drain_all(g) ? 0 : idle + 1;
+      if (g->npool < POOL / 2) fill_pool(g);
+      struct timespec t = {0, 300000}; /* let work gather */
+      nanosleep(&t, NULL);
+    }
+    fill_pool(g);
+    /* Sleep: producers that see the flag ring the bell. Set, fence, look once more. */
+    uint32_t v = __atomic_load_n(&g->bell->rung, __ATOMIC_ACQUIRE);
+    __atomic_store_n(&g->hdr->gateway_asleep, 1, __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (drain_all(g) == 0) {
+      struct timespec t = {0, 50000000};
+      syscall(SYS_futex, &g->bell->rung, FUTEX_WAIT, v, &t, NULL, 0);
+    }
+    __atomic_store_n(&g->hdr->gateway_asleep, 0, __ATOMIC_SEQ_CST);
+  }
+  return NULL;
+}
+
+/* ---------------------------------------------------------------- deaths */
+/* Is the address space's memory really gone? Threads of a process end one by one; only the mm's own end proves that nothing touches its
+ * frames any more. */
+static int mm_gone(struct as *a) {
+  struct uffdio_writeprotect w = {.range = {SY_ARENA_START, PS}, .mode = 0};
+  return ioctl(a->uffd, UFFDIO_WRITEPROTECT, &w) < 0 && errno == ESRCH;
+}
+static void bury(struct sy_gateway *g, struct as *a) {
+  pthread_mutex_lock(&g->lock);
+  while (drain_as(g, a, 4096)) {
+  }
+  while (a->list != NONE) {
+    uint32_t pfn = a->list, n = 1;
+    while (n < 16384 && g->fnext[pfn + n - 1] == pfn + n) n++;
+    release_frames(g, a, pfn, n);
+    event_frames(g, SY_MSG_PAGE_FREED, a->asid, pfn, n, 0);
+    pthread_mutex_unlock(&g->lock); /* let others in between runs */
+    pthread_mutex_lock(&g->lock);
+  }
+  for (uint32_t i = 0; i < g->nas; i++)
+    if (g->as[i] == a) g->as[i] = g->as[--g->nas];
+  count(g, SY_CNT_EXITED, 1);
+  event(g, (struct sy_msg){.type = SY_MSG_MM_EXIT, .asid = a->asid, .arg = (uint64_t)a->pid});
+  pthread_mutex_unlock(&g->lock);
+  free_as_memory(a);
+}
+
+#include "gateway_server.h"

@@ -1,0 +1,35 @@
+/* The gateway's C half, as Python sees it (cffi reads this file too: declarations only). Every function may be called from
+ * any thread and takes the gateway's lock itself; none calls back into Python. Calls run without the GIL. */
+struct sy_gateway;
+
+/* Creates RAM, tables and the socket <run_dir>/gateway.sock. ram_bytes is divided evenly over nodes, in 4 MiB pieces.
+ * NULL on failure, with a sentence in err. */
+struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram_bytes, uint32_t nodes, char *err, size_t errlen);
+/* Starts the threads: server (registrations, exits, urgent refills, notifications), drain (channels), populate. 0 or -errno. */
+int sy_gw_start(struct sy_gateway *gw);
+/* Stops the threads and releases everything; programs that still run keep their memory and go on natively. */
+void sy_gw_stop(struct sy_gateway *gw);
+
+int sy_gw_event_fd(struct sy_gateway *gw);          /* readable when events wait */
+int sy_gw_header_fd(struct sy_gateway *gw);         /* read-only descriptors of the tables, for this process's own use */
+int sy_gw_frames_fd(struct sy_gateway *gw);
+/* Takes up to max events, in order, seqnum ascending by one (a jump = events were lost). Number taken. */
+int sy_gw_events(struct sy_gateway *gw, struct sy_msg *out, int max);
+/* Appends one event from Python (COMPONENT_UP, TEST, …). */
+void sy_gw_post(struct sy_gateway *gw, const struct sy_msg *m);
+
+/* Carries out n operations for one component; fills ops[i].result. Number COMPLETE. */
+int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, int n);
+
+int sy_gw_as_list(struct sy_gateway *gw, struct sy_as_info *out, int max);
+/* Blocks held in the reserve, per order 0..10. */
+void sy_gw_reserve_levels(struct sy_gateway *gw, uint32_t *levels);
+/* Wanted size of the reserve, in blocks per order; RESERVE_LOW is sent below half of it. */
+void sy_gw_reserve_targets(struct sy_gateway *gw, const uint32_t *targets);
+/* Marks below which an address space's stub sends MAGAZINE_LOW, per order 0..9. asid 0 = default for new ones. */
+int sy_gw_set_low(struct sy_gateway *gw, uint32_t asid, uint32_t order, uint32_t low);
+int sy_gw_set_fault_order(struct sy_gateway *gw, uint32_t asid, uint32_t order, uint32_t max_order);
+
+/* Drains every channel, then verifies invariants 1 and 2. Writes one line per violation to text; number of violations. */
+int sy_gw_check(struct sy_gateway *gw, char *text, size_t len);
+void sy_gw_heartbeat(struct sy_gateway *gw, uint32_t component, uint32_t pid, uint32_t state, uint32_t restarts);

@@ -1,0 +1,659 @@
+/* gateway, part 2: the server thread (connections, urgent refills, notifications), transactions, the invariants, start and stop. */
+
+/* ---------------------------------------------------------------- connections (server thread only) */
+static struct conn *dead_list;
+static struct conn *add_conn(struct sy_gateway *g, int fd, enum conn_kind kind) {
+  struct conn *c = calloc(1, sizeof *c);
+  if (!c) {
+    close(fd);
+    return NULL;
+  }
+  c->kind = kind, c->fd = fd;
+  struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
+  if (epoll_ctl(g->ep, EPOLL_CTL_ADD, fd, &e)) {
+    close(fd), free(c);
+    return NULL;
+  }
+  return c;
+}
+/* Closed now, freed after the batch of events in which others may still point to it. */
+static void drop_conn(struct conn *c) {
+  if (c->dead) return;
+  c->dead = 1;
+  close(c->fd);
+  if (c->page) munmap(c->page, 4096);
+  c->page = NULL;
+  c->next_dead = dead_list, dead_list = c;
+  if (c->peer) {
+    c->peer->peer = NULL;
+    drop_conn(c->peer);
+  }
+}
+static int send_fds(int sock, const void *b, size_t n, const int *fd, int nfd) {
+  union { char c[CMSG_SPACE(sizeof(int) * 16)]; struct cmsghdr h; } u;
+  struct iovec v = {(void *)(uintptr_t)b, n};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+  if (nfd) {
+    memset(&u, 0, sizeof u);
+    m.msg_control = u.c, m.msg_controllen = CMSG_SPACE(sizeof(int) * (size_t)nfd);
+    struct cmsghdr *h = CMSG_FIRSTHDR(&m);
+    h->cmsg_level = SOL_SOCKET, h->cmsg_type = SCM_RIGHTS, h->cmsg_len = CMSG_LEN(sizeof(int) * (size_t)nfd);
+    memcpy(CMSG_DATA(h), fd, sizeof(int) * (size_t)nfd);
+  }
+  return sendmsg(sock, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)n ? 0 : -1;
+}
+/* Bytes received, 0 = hung up, -1 = nothing there. All descriptors that came are in fd[0..*nfd), to be closed by the caller. */
+static ssize_t recv_fds(int sock, void *b, size_t n, int *fd, int *nfd, int max) {
+  union { char c[CMSG_SPACE(sizeof(int) * 16)]; struct cmsghdr h; } u;
+  struct iovec v = {b, n};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = u.c, .msg_controllen = sizeof u.c};
+  *nfd = 0;
+  ssize_t r = recvmsg(sock, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  if (r < 0) return errno == EAGAIN || errno == EINTR ? -1 : 0;
+  for (struct cmsghdr *h = CMSG_FIRSTHDR(&m); h; h = CMSG_NXTHDR(&m, h)) {
+    if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
+    int k = (int)((h->cmsg_len - CMSG_LEN(0)) / sizeof(int)), x;
+    for (int i = 0; i < k; i++) {
+      memcpy(&x, CMSG_DATA(h) + (size_t)i * sizeof(int), sizeof x);
+      if (*nfd < max) fd[(*nfd)++] = x;
+      else close(x);
+    }
+  }
+  return r;
+}
+static void welcome(struct sy_gateway *g, int sock, uint32_t status, uint32_t asid, const int *fd, int n) {
+  struct sy_welcome w = {.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .status = status, .asid = asid, .nodes = g->nodes};
+  memcpy(w.node, g->node, sizeof w.node);
+  send_fds(sock, &w, sizeof w, fd, n);
+}
+
+static void hello(struct sy_gateway *g, struct conn *c) {
+  struct sy_hello h;
+  int fd[4], n;
+  struct ucred cred = {0, 0, 0};
+  socklen_t l = sizeof cred;
+  ssize_t r = recv_fds(c->fd, &h, sizeof h, fd, &n, 4);
+  if (r < 0) return;
+  getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &cred, &l);
+  if (r != sizeof h || h.magic != SY_MAGIC) {
+    if (r) count(g, SY_CNT_REFUSED, 1);
+    goto refuse;
+  }
+  if (h.abi != SY_ABI_VERSION) {
+    count(g, SY_CNT_REFUSED, 1);
+    welcome(g, c->fd, SY_W_ABI, 0, NULL, 0);
+    goto refuse;
+  }
+  if (h.kind == SY_HELLO_NEED_UFFD && n == 0) {
+    int dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    welcome(g, c->fd, dev < 0 ? SY_W_REFUSED : SY_W_OK, 0, &dev, dev >= 0);
+    if (dev >= 0) close(dev);
+    return;
+  }
+  if (h.kind == SY_HELLO_COMPONENT && n == 0) {
+    int ok = h.arg >= SY_C_BUDDY && h.arg <= SY_C_SCHED && (cred.uid == 0 || cred.uid == SY_COMPONENT_UID_BASE + h.arg);
+    if (!ok) count(g, SY_CNT_REFUSED, 1);
+    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro}, ok ? 2 : 0);
+    goto refuse; /* it has what it needs */
+  }
+  if (h.kind == SY_HELLO_KEEPER && n == 2) {
+    struct stat st;
+    void *page = fstat(fd[1], &st) || st.st_size < 4096 ? MAP_FAILED : mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd[1], 0);
+    close(fd[1]);
+    struct conn *lc = page == MAP_FAILED ? NULL : add_conn(g, fd[0], CONN_NOTIFY);
+    if (!lc) {
+      if (page == MAP_FAILED) close(fd[0]);
+      else munmap(page, 4096);
+      drop_conn(c);
+      return;
+    }
+    ioctl(fd[0], SECCOMP_IOCTL_NOTIF_SET_FLAGS, (unsigned long)SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP); /* 6.6 and later */
+    c->kind = CONN_KEEPER, c->page = page, c->pid = cred.pid, c->peer = lc, lc->peer = c;
+    return;
+  }
+  if (h.kind == SY_HELLO_STUB && n == 1) {
+    char p[64], link[64] = "";
+    snprintf(p, sizeof p, "/proc/self/fd/%d", fd[0]);
+    if (readlink(p, link, sizeof link - 1) < 0 || strcmp(link, "anon_inode:[userfaultfd]")) {
+      count(g, SY_CNT_REFUSED, 1);
+      welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
+      goto refuse;
+    }
+    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM |
+                                                          UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_THREAD_ID};
+    struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0]);
+    if (!a) {
+      count(g, SY_CNT_REFUSED, 1);
+      welcome(g, c->fd, SY_W_FULL, 0, NULL, 0);
+      goto refuse;
+    }
+    int out[4 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd};
+    for (uint32_t i = 0; i < g->nodes; i++) out[4 + i] = g->ram_fd[i];
+    c->kind = CONN_STUB, c->as = a, c->pid = cred.pid;
+    welcome(g, c->fd, SY_W_OK, a->asid, out, 4 + (int)g->nodes);
+    return;
+  }
+  count(g, SY_CNT_REFUSED, 1);
+refuse:
+  for (int i = 0; i < n; i++) close(fd[i]);
+  drop_conn(c);
+}
+
+static void answer_notif(struct conn *lc, uint64_t id, int64_t val, int error, int cont) {
+  struct seccomp_notif_resp r = {.id = id, .val = val, .error = error, .flags = cont ? SECCOMP_USER_NOTIF_FLAG_CONTINUE : 0};
+  if (lc->dead) return;
+  ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_SEND, &r); /* ENOENT: the caller was killed meanwhile */
+  if (lc->peer && lc->peer->page)
+    for (int i = 0; i < SY_KEEPER_INFLIGHT; i++)
+      if (lc->peer->page->inflight[i] == id) lc->peer->page->inflight[i] = 0;
+}
+static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
+  uint64_t now = now_ns();
+  for (int i = 0; i < g->npend; i++) {
+    struct pending *p = &g->pend[i];
+    int mine = p->as == a;
+    struct sy_cmd_done *d = p->as ? &p->as->ctl->done[p->cmd_id % SY_CMD_SLOTS] : NULL;
+    if (mine && !all && __atomic_load_n(&d->id, __ATOMIC_ACQUIRE) == p->cmd_id) {
+      int64_t r = d->result;
+      if (r < 0 && r > -4096) answer_notif(p->listener, p->notif_id, 0, (int)r, 0);
+      else answer_notif(p->listener, p->notif_id, r, 0, 0);
+    } else if ((mine && all) || now > p->deadline_ns)
+      /* Nobody in there answers. The call must not wait for ever; it fails rather than act on mappings behind the stub's back. */
+      answer_notif(p->listener, p->notif_id, 0, -EAGAIN, 0);
+    else
+      continue;
+    *p = g->pend[--g->npend];
+    i--;
+  }
+}
+static struct as *as_of_pid(struct sy_gateway *g, pid_t tid) {
+  char p[64], b[1024];
+  snprintf(p, sizeof p, "/proc/%d/status", tid);
+  int fd = open(p, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return NULL;
+  ssize_t r = read(fd, b, sizeof b - 1);
+  close(fd);
+  if (r <= 0) return NULL;
+  b[r] = 0;
+  char *q = strstr(b, "\nTgid:");
+  pid_t tgid = q ? atoi(q + 6) : -1;
+  for (uint32_t i = g->nas; i-- > 0;) /* the newest of that pid */
+    if (g->as[i]->pid == tgid && !g->as[i]->dying) return g->as[i];
+  return NULL;
+}
+static void notification(struct sy_gateway *g, struct conn *lc) {
+  union { struct seccomp_notif n; char room[256]; } u;
+  memset(&u, 0, sizeof u);
+  if (ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_RECV, &u.n)) return;
+  struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
+  for (int i = 0; page && i < SY_KEEPER_INFLIGHT; i++)
+    if (!page->inflight[i]) {
+      page->inflight[i] = u.n.id;
+      break;
+    }
+  count(g, SY_CNT_NOTIFICATIONS, 1);
+  pthread_mutex_lock(&g->lock);
+  struct as *a = as_of_pid(g, (pid_t)u.n.pid);
+  pthread_mutex_unlock(&g->lock);
+  int nr = u.n.data.nr;
+  if (a && (nr == SYS_clone || nr == SYS_fork)) {
+    /* A process made past libc would share frames with its parent. See docs/limits.md. */
+    answer_notif(lc, u.n.id, 0, -EAGAIN, 0);
+    return;
+  }
+  if (!a || g->npend == (int)(sizeof g->pend / sizeof *g->pend)) {
+    count(g, SY_CNT_CONTINUED, 1);
+    answer_notif(lc, u.n.id, 0, 0, 1);
+    return;
+  }
+  struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
+  c->id = ++g->cmd_id, c->op = SY_CMD_SYSCALL, c->nr = (uint32_t)nr;
+  for (int i = 0; i < 6; i++) c->args[i] = u.n.data.args[i];
+  g->pend[g->npend++] = (struct pending){g->cmd_id, a, lc, u.n.id, now_ns() + 5000000000ull};
+  __atomic_store_n(&a->mag->cmd_tail, a->mag->cmd_tail + 1, __ATOMIC_SEQ_CST);
+  futex_wake_all(&a->mag->cmd_tail);
+}
+
+static void stub_request(struct sy_gateway *g, struct conn *c) {
+  struct sy_request q;
+  int fd[4], n;
+  ssize_t r = recv_fds(c->fd, &q, sizeof q, fd, &n, 4);
+  if (r < 0) return;
+  for (int i = 0; i < n; i++) close(fd[i]);
+  struct as *a = c->as;
+  if (r == 0) {
+    a->dying = 1, a->next_test_ns = 0, a->test_step_ns = 200000;
+    finish_commands(g, a, 1);
+    c->as = NULL;
+    drop_conn(c);
+    return;
+  }
+  if (r != sizeof q || n) {
+    pthread_mutex_lock(&g->lock);
+    bad(g, a);
+    pthread_mutex_unlock(&g->lock);
+    return;
+  }
+  switch (q.kind) {
+  case SY_REQ_READY:
+    for (int i = 0; i < 4; i++) {
+      char p[64];
+      if (!q.tids[i]) continue;
+      snprintf(p, sizeof p, "/proc/%d/task/%u", c->pid, q.tids[i]);
+      if (access(p, F_OK)) continue; /* not a thread of that process: a lie, or another pid namespace */
+      struct sched_param sp = {.sched_priority = 1}; /* above every priority that a program is given by sched */
+      sched_setscheduler((pid_t)q.tids[i], SCHED_FIFO | SCHED_RESET_ON_FORK, &sp);
+    }
+    break;
+  case SY_REQ_REFILL: {
+    int order = q.order > SY_HUGE_ORDER ? SY_HUGE_ORDER : (int)q.order;
+    uint32_t blocks = order >= 8 ? 4 : order >= 4 ? 16 : 32, got = 0;
+    pthread_mutex_lock(&g->lock);
+    for (uint32_t i = 0; i < blocks; i++) {
+      uint32_t k = give(g, a, order);
+      got += k;
+      if (k < 1u << order) break;
+    }
+    a->urgent++;
+    a->mag->no_frames = got == 0;
+    count(g, SY_CNT_URGENT, 1);
+    if (!got) {
+      count(g, SY_CNT_NO_FRAMES, 1);
+      event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = a->asid, .npages = 1u << order});
+    }
+    pthread_mutex_unlock(&g->lock);
+    __atomic_store_n(&a->mag->refill_seq, a->mag->refill_seq + 1, __ATOMIC_SEQ_CST);
+    futex_wake_all(&a->mag->refill_seq);
+    break;
+  }
+  case SY_REQ_CMD_DONE: finish_commands(g, a, 0); break;
+  default:
+    pthread_mutex_lock(&g->lock);
+    bad(g, a);
+    pthread_mutex_unlock(&g->lock);
+  }
+}
+
+/* Address spaces whose service threads have ended: test, and test again, until the mm is gone. Returns milliseconds to the next test. */
+static int test_dying(struct sy_gateway *g) {
+  uint64_t now = now_ns(), next = 0;
+  for (uint32_t i = 0; i < g->nas; i++) {
+    struct as *a = g->as[i];
+    if (!a->dying) continue;
+    if (a->next_test_ns <= now) {
+      if (mm_gone(a)) {
+        bury(g, a);
+        i--;
+        continue;
+      }
+      a->next_test_ns = now + a->test_step_ns;
+      if (a->test_step_ns < 50000000) a->test_step_ns *= 2;
+    }
+    if (!next || a->next_test_ns < next) next = a->next_test_ns;
+  }
+  if (g->npend && (!next || next > now + 100000000)) next = now + 100000000;
+  return next ? (int)((next - now) / 1000000) + 1 : -1;
+}
+
+static void *server_thread(void *arg) {
+  struct sy_gateway *g = arg;
+  struct sched_param sp = {.sched_priority = 2};
+  pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp); /* a program may be waiting; without privilege: no harm */
+  struct epoll_event ev[64];
+  while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
+    int n = epoll_wait(g->ep, ev, 64, test_dying(g));
+    if (g->npend) finish_commands(g, NULL, 0);
+    for (int i = 0; i < n; i++) {
+      struct conn *c = ev[i].data.ptr;
+      if (c->dead) continue;
+      switch (c->kind) {
+      case CONN_LISTEN:
+        for (int fd; (fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;) add_conn(g, fd, CONN_NEW);
+        break;
+      case CONN_NEW: hello(g, c); break;
+      case CONN_STUB: stub_request(g, c); break;
+      case CONN_KEEPER: {
+        char b[64];
+        int fd[4], k;
+        ssize_t r = recv_fds(c->fd, b, sizeof b, fd, &k, 4);
+        for (int j = 0; j < k; j++) close(fd[j]);
+        if (r >= 0) { /* it has nothing to say; 0: the tree has ended */
+          for (int j = 0; j < g->npend; j++)
+            if (g->pend[j].listener == c->peer) g->pend[j--] = g->pend[--g->npend];
+          drop_conn(c);
+        }
+        break;
+      }
+      case CONN_NOTIFY:
+        if (ev[i].events & EPOLLIN) notification(g, c);
+        else epoll_ctl(g->ep, EPOLL_CTL_DEL, c->fd, NULL); /* the last process has gone; the keeper's end follows */
+        break;
+      case CONN_STOP: break;
+      }
+    }
+    while (dead_list) {
+      struct conn *c = dead_list;
+      dead_list = c->next_dead;
+      free(c);
+    }
+  }
+  return NULL;
+}
+
+/* ---------------------------------------------------------------- transactions */
+static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: who may */
+  switch (op) {
+  case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_RECLAIM: case SY_OP_AGE: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_RUN: return component == SY_C_SCHED ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  }
+  return SY_R_INVALID;
+}
+/* Before any memory is touched: validate and take. PENDING = goes on to phase 2. */
+static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *op) {
+  uint32_t r = permitted(component, op->op);
+  if (r != SY_R_COMPLETE) return r;
+  if (op->op == SY_OP_FAULT_ORDER) {
+    if (op->order > SY_HUGE_ORDER || op->arg > SY_HUGE_ORDER || op->arg < op->order) return SY_R_INVALID;
+    struct as *a = find_as(g, op->asid);
+    if (!a) return SY_R_NOT_FOUND;
+    a->mag->fault_order = op->order, a->mag->fault_order_max = (uint32_t)op->arg;
+    return SY_R_COMPLETE;
+  }
+  uint32_t n = op->order <= SY_MAX_ORDER ? 1u << op->order : 0;
+  if (!n || (op->op == SY_OP_GRANT && op->order > SY_HUGE_ORDER) || op->pfn >= g->nframes || op->pfn % n || n > g->nframes - op->pfn) return SY_R_INVALID;
+  if (op->op == SY_OP_GRANT) {
+    struct as *a = find_as(g, op->asid);
+    if (!a || a->dying) return SY_R_NOT_FOUND;
+    if (mag_level(a, op->order) >= SY_MAG_SLOTS) return SY_R_FULL;
+  }
+  if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
+  if (op->op == SY_OP_RELEASE) {
+    for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
+      if (g->reserve[op->order][i] == op->pfn) {
+        g->reserve[op->order][i] = g->reserve[op->order][--g->nreserve[op->order]];
+        make_free(g, op->pfn, n, 1);
+        event_frames(g, SY_MSG_PAGE_FREED, 0, op->pfn, n, op->order);
+        return SY_R_COMPLETE;
+      }
+    return SY_R_NOT_FOUND;
+  }
+  if (!all_free(g, op->pfn, n)) return SY_R_STALE;
+  isolate(g, op->pfn, op->order);
+  return SY_R_PENDING;
+}
+static uint32_t phase2(struct sy_gateway *g, struct sy_op *op) {
+  if (op->op == SY_OP_RESERVE) {
+    reserve_push(g, op->pfn, op->order);
+    return SY_R_COMPLETE;
+  }
+  struct as *a = find_as(g, op->asid);
+  uint32_t r = !a || a->dying ? SY_R_NOT_FOUND : mag_push(g, a, op->pfn, op->order) ? SY_R_FULL : SY_R_COMPLETE;
+  if (r != SY_R_COMPLETE) make_free(g, op->pfn, 1u << op->order, 1); /* as it was; the component still counts it as free */
+  else count(g, SY_CNT_GRANTS, 1);
+  return r;
+}
+int sy_gw_commit(struct sy_gateway *g, uint32_t component, struct sy_op *ops, int n) {
+  int done = 0;
+  pthread_mutex_lock(&g->lock);
+  for (int i = 0; i < n; i++) ops[i].result = phase1(g, component, &ops[i]);
+  pthread_mutex_unlock(&g->lock);
+  for (int i = 0; i < n; i++) {
+    if (ops[i].result == SY_R_PENDING) { /* block by block, so that the first can be used while the next is zeroed */
+      zero_block(g, ops[i].pfn, 1u << ops[i].order);
+      pthread_mutex_lock(&g->lock);
+      ops[i].result = phase2(g, &ops[i]);
+      pthread_mutex_unlock(&g->lock);
+    }
+    if (ops[i].result == SY_R_COMPLETE) done++;
+    else count(g, SY_CNT_REFUSED, 1);
+  }
+  return done;
+}
+
+/* ---------------------------------------------------------------- reports */
+int sy_gw_as_list(struct sy_gateway *g, struct sy_as_info *out, int max) {
+  int n = 0;
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < g->nas && n < max; i++, n++) {
+    struct as *a = g->as[i];
+    struct sy_as_info *o = &out[n];
+    *o = (struct sy_as_info){.asid = a->asid, .pid = (uint32_t)a->pid, .state = (uint32_t)a->dying, .fault_order = a->mag->fault_order, .frames = a->frames,
+                             .mapped = a->mapped, .native_pages = a->ctl->pages_native, .faults = a->ctl->faults, .urgent = a->urgent,
+                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages};
+    for (int k = 0; k < 10; k++) o->mag_level[k] = mag_level(a, k);
+  }
+  pthread_mutex_unlock(&g->lock);
+  return n;
+}
+void sy_gw_reserve_levels(struct sy_gateway *g, uint32_t *levels) {
+  pthread_mutex_lock(&g->lock);
+  memcpy(levels, g->nreserve, sizeof g->nreserve);
+  pthread_mutex_unlock(&g->lock);
+}
+void sy_gw_reserve_targets(struct sy_gateway *g, const uint32_t *targets) {
+  pthread_mutex_lock(&g->lock);
+  memcpy(g->reserve_target, targets, sizeof g->reserve_target);
+  for (int o = 0; o <= SY_MAX_ORDER; o++) g->reserve_told[o] = 0, reserve_check(g, o);
+  pthread_mutex_unlock(&g->lock);
+}
+int sy_gw_set_low(struct sy_gateway *g, uint32_t asid, uint32_t order, uint32_t low) {
+  int r = -ENOENT;
+  if (order > 9 || low >= SY_MAG_SLOTS) return -EINVAL;
+  pthread_mutex_lock(&g->lock);
+  if (!asid) g->low[order] = low, r = 0;
+  for (uint32_t i = 0; i < g->nas; i++)
+    if (g->as[i]->asid == asid) g->as[i]->mag->ring[order].low = low, r = 0;
+  pthread_mutex_unlock(&g->lock);
+  return r;
+}
+int sy_gw_set_fault_order(struct sy_gateway *g, uint32_t asid, uint32_t order, uint32_t max_order) {
+  int r = -ENOENT;
+  if (order > max_order || max_order > SY_HUGE_ORDER) return -EINVAL;
+  pthread_mutex_lock(&g->lock);
+  if (!asid) g->hdr->default_fault_order = order, g->hdr->default_fault_order_max = max_order, r = 0;
+  for (uint32_t i = 0; i < g->nas; i++)
+    if (g->as[i]->asid == asid) g->as[i]->mag->fault_order = order, g->as[i]->mag->fault_order_max = max_order, r = 0;
+  pthread_mutex_unlock(&g->lock);
+  return r;
+}
+void sy_gw_heartbeat(struct sy_gateway *g, uint32_t component, uint32_t pid, uint32_t state, uint32_t restarts) {
+  if (component >= SY_MAX_COMPONENTS) return;
+  g->hdr->component[component] = (struct sy_component){component, pid, now_ns(), state, restarts};
+}
+
+/* ---------------------------------------------------------------- invariants 1 and 2 */
+struct report { char *text; size_t len, used; int n; };
+static void __attribute__((format(printf, 2, 3))) violation(struct report *r, const char *f, ...) {
+  va_list v;
+  va_start(v, f);
+  if (r->used + 200 < r->len && r->n < 50) r->used += (size_t)vsnprintf(r->text + r->used, r->len - r->used, f, v);
+  va_end(v);
+  r->n++;
+}
+static void check_once(struct sy_gateway *g, struct report *r) {
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < g->nas; i++)
+    while (drain_as(g, g->as[i], 4096)) {
+    }
+  uint64_t states[SY_FRAME_STATES] = {0}, owned_total = 0, nfree = 0;
+  uint8_t *seen = calloc(g->nframes, 1);
+  if (!seen) {
+    violation(r, "no memory to check\n");
+    pthread_mutex_unlock(&g->lock);
+    return;
+  }
+  for (uint32_t i = 0; i < g->nas; i++) {
+    struct as *a = g->as[i];
+    uint64_t k = 0;
+    for (uint32_t f = a->list; f != NONE && k <= g->nframes; f = g->fnext[f], k++)
+      if (g->frames[f].asid != a->asid) violation(r, "frame %u is in the list of address space %u but belongs to %u\n", f, a->asid, g->frames[f].asid);
+    if (k != a->frames) violation(r, "address space %u counts %lu frames, its list has %lu\n", a->asid, a->frames, k);
+    owned_total += k;
+    if (a->dying) continue; /* its page table is no longer kept */
+    for (uint32_t c = 0; c < SY_CHUNKS; c++) {
+      if (!a->chunks[c]) continue;
+      for (uint32_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p++) {
+        uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
+        if ((w & SY_PTE_STATE_MASK) != SY_PTE_PRESENT) continue;
+        if (pfn >= g->nframes) violation(r, "page %u of address space %u names frame %lu, there are %u\n", p, a->asid, pfn, g->nframes);
+        else {
+          struct sy_frame *f = &g->frames[pfn];
+          if (f->state != SY_FRAME_MAPPED || f->asid != a->asid || f->vpage != p)
+            violation(r, "page %u of address space %u names frame %lu, which is in state %u, owner %u, page %lu\n", p, a->asid, pfn, f->state, f->asid, f->vpage);
+          if (seen[pfn]++) violation(r, "frame %lu is in more than one page-table word (address space %u, page %u)\n", pfn, a->asid, p);
+        }
+      }
+    }
+  }
+  uint64_t owned_states = 0;
+  for (uint32_t i = 0; i < g->nframes; i++) {
+    struct sy_frame *f = &g->frames[i];
+    int bit = (int)(g->free_map[i / 64] >> (i % 64) & 1);
+    if (f->state >= SY_FRAME_STATES) {
+      violation(r, "frame %u has state %u\n", i, f->state);
+      continue;
+    }
+    states[f->state]++;
+    nfree += (uint64_t)bit;
+    if (bit != (f->state == SY_FRAME_FREE)) violation(r, "frame %u is in state %u but the free map says %d\n", i, f->state, bit);
+    if ((f->state == SY_FRAME_FREE || f->state == SY_FRAME_RESERVED) && (f->asid || f->refcount)) violation(r, "frame %u is in state %u but has owner %u, refcount %u\n", i, f->state, f->asid, f->refcount);
+    owned_states += f->state == SY_FRAME_GRANTED || f->state == SY_FRAME_MAPPED;
+    if (f->state == SY_FRAME_MAPPED && !seen[i]) {
+      struct as *a = find_as(g, f->asid);
+      if (!a) violation(r, "frame %u is MAPPED for address space %u, which is not there\n", i, f->asid);
+      else if (!a->dying && (__atomic_load_n(&a->pte[f->vpage % SY_ARENA_PAGES], __ATOMIC_ACQUIRE) & SY_PTE_STATE_MASK) != SY_PTE_LOCKED)
+        violation(r, "frame %u is MAPPED for address space %u at page %lu, whose word does not name it\n", i, f->asid, f->vpage);
+    }
+  }
+  if (nfree != g->nfree || nfree != states[SY_FRAME_FREE]) violation(r, "%lu frames free in the map, %lu counted, %lu in the table\n", nfree, g->nfree, states[SY_FRAME_FREE]);
+  if (owned_total != owned_states) violation(r, "%lu frames are in lists of address spaces, %lu are GRANTED or MAPPED\n", owned_total, owned_states);
+  uint64_t reserved = 0;
+  for (int o = 0; o <= SY_MAX_ORDER; o++) reserved += (uint64_t)g->nreserve[o] << o;
+  if (reserved != states[SY_FRAME_RESERVED]) violation(r, "%lu frames in the reserve, %lu RESERVED in the table\n", reserved, states[SY_FRAME_RESERVED]);
+  free(seen);
+  pthread_mutex_unlock(&g->lock);
+}
+int sy_gw_check(struct sy_gateway *g, char *text, size_t len) {
+  struct report r;
+  /* A running program is between two steps somewhere at any moment; only what stays is wrong. */
+  for (int i = 0; i < 6; i++) {
+    if (i) usleep(30000);
+    r = (struct report){text, len, 0, 0};
+    if (len) text[0] = 0;
+    check_once(g, &r);
+    if (!r.n) break;
+  }
+  return r.n;
+}
+
+/* ---------------------------------------------------------------- start and stop */
+static void populate_chunk(struct sy_gateway *g, uint32_t nd, uint32_t first, int pagemap) {
+  uint8_t *m = g->ram[nd] + (uint64_t)(first - g->node[nd].base) * PS;
+  uint64_t size = CHUNK_FRAMES * PS, map[CHUNK_FRAMES];
+  if (madvise(m, size, MADV_POPULATE_WRITE))
+    for (uint64_t i = 0; i < size; i += PS) ((volatile uint8_t *)m)[i] = 0;
+  mlock(m, size); /* the host's own swap must not have it; without privilege: as it is */
+  ssize_t r = pagemap >= 0 ? pread(pagemap, map, sizeof map, (off_t)((uintptr_t)m / PS * 8)) : -1;
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < CHUNK_FRAMES; i++) {
+    g->frames[first + i].phys = r == (ssize_t)sizeof map && map[i] >> 63 ? map[i] & ((1ull << 55) - 1) : 0;
+  }
+  make_free(g, first, CHUNK_FRAMES, 1);
+  g->hdr->populated += CHUNK_FRAMES;
+  event_frames(g, SY_MSG_FRAMES_ONLINE, 0, first, CHUNK_FRAMES, SY_MAX_ORDER);
+  pthread_mutex_unlock(&g->lock);
+}
+static void *populate_thread(void *arg) {
+  struct sy_gateway *g = arg;
+  int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  for (uint32_t f = g->hdr->populated; f < g->nframes && !__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE); f += CHUNK_FRAMES)
+    populate_chunk(g, g->frames[f].node, f, pagemap);
+  if (pagemap >= 0) close(pagemap);
+  return NULL;
+}
+
+struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, char *err, size_t errlen) {
+  struct sy_gateway *g = calloc(1, sizeof *g);
+  if (!g) return NULL;
+#define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
+  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->stop_fd = -1;
+  for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
+  pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
+  if (nodes < 1 || nodes > SY_MAX_NODES) FAIL("%u nodes wanted: 1 to %d are possible", nodes, SY_MAX_NODES);
+  uint64_t per = ram / nodes / (CHUNK_FRAMES * PS) * CHUNK_FRAMES;
+  if (!per || per * nodes > 0x40000000ull) FAIL("%lu bytes of RAM on %u nodes: a node needs at least 4 MiB", (unsigned long)ram, nodes);
+  g->nodes = nodes, g->nframes = (uint32_t)(per * nodes);
+  if ((size_t)snprintf(g->run_dir, sizeof g->run_dir, "%s", run_dir) >= sizeof g->run_dir) FAIL("the run directory's name is too long for a socket: %s", run_dir);
+  snprintf(g->sock_path, sizeof g->sock_path, "%s/gateway.sock", g->run_dir);
+
+  g->frames_fd = make_memfd("sylvie-frames", g->nframes * sizeof(struct sy_frame)), g->header_fd = make_memfd("sylvie-header", SY_HEADER_BYTES);
+  g->bell_fd = make_memfd("sylvie-bell", SY_BELL_BYTES);
+  if (g->frames_fd < 0 || g->header_fd < 0 || g->bell_fd < 0) FAIL("cannot make the tables: %s", strerror(errno));
+  g->frames_ro = reopen_ro(g->frames_fd), g->header_ro = reopen_ro(g->header_fd);
+  g->frames = mmap(NULL, g->nframes * sizeof(struct sy_frame), PROT_READ | PROT_WRITE, MAP_SHARED, g->frames_fd, 0);
+  g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
+  g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
+  g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev)
+    FAIL("no memory for the tables: %s", strerror(errno));
+  *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
+                               .default_fault_order_max = SY_HUGE_ORDER};
+  static const uint32_t low[10] = {8, 2, 2, 2, 6, 2, 2, 2, 2, 4};
+  memcpy(g->low, low, sizeof low);
+  for (uint32_t i = 0; i < nodes; i++) {
+    uint64_t size = per * PS, huge = 2 << 20;
+    g->node[i] = (struct sy_node){(uint32_t)(per * i), (uint32_t)per};
+    g->hdr->node[i] = g->node[i];
+    g->ram_fd[i] = make_memfd("sylvie-ram", size);
+    uint8_t *m = g->ram_fd[i] < 0 ? MAP_FAILED : mmap(NULL, size + huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m == MAP_FAILED) FAIL("cannot make RAM of %lu MiB: %s", (unsigned long)(size >> 20), strerror(errno));
+    uint8_t *at = (uint8_t *)(((uintptr_t)m + huge - 1) & ~(huge - 1));
+    if (mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, g->ram_fd[i], 0) == MAP_FAILED) FAIL("cannot map RAM: %s", strerror(errno));
+    madvise(at, size, MADV_HUGEPAGE); /* with shmem_enabled=advise: 2 MiB folios */
+    g->ram[i] = at;
+    for (uint64_t f = 0; f < per; f++) g->frames[g->node[i].base + f].node = (uint8_t)i;
+  }
+
+  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  struct sockaddr_un a = {.sun_family = AF_UNIX};
+  memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);
+  unlink(g->sock_path);
+  if (g->ev_fd < 0 || g->ep < 0 || g->stop_fd < 0 || g->listen_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
+  if (bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || chmod(g->sock_path, 0666) || listen(g->listen_fd, 1024)) FAIL("cannot listen on %s: %s", g->sock_path, strerror(errno));
+  if (!add_conn(g, g->listen_fd, CONN_LISTEN) || !add_conn(g, g->stop_fd, CONN_STOP)) FAIL("epoll: %s", strerror(errno));
+  return g;
+}
+int sy_gw_start(struct sy_gateway *g) {
+  int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), r;
+  for (uint32_t f = 0; f < g->nframes && f < 16384; f += CHUNK_FRAMES) populate_chunk(g, g->frames[f].node, f, pagemap);
+  if (pagemap >= 0) close(pagemap);
+  fill_pool(g);
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's main thread */
+  if (!(r = pthread_create(&g->server, NULL, server_thread, g))) g->have_server = 1;
+  if (!r && !(r = pthread_create(&g->drain, NULL, drain_thread, g))) g->have_drain = 1;
+  if (!r && !(r = pthread_create(&g->populate, NULL, populate_thread, g))) g->have_populate = 1;
+  pthread_sigmask(SIG_SETMASK, &old, NULL);
+  return -r;
+}
+void sy_gw_stop(struct sy_gateway *g) {
+  if (!g) return;
+  __atomic_store_n(&g->stopping, 1, __ATOMIC_RELEASE);
+  uint64_t one = 1;
+  if (g->stop_fd >= 0 && write(g->stop_fd, &one, 8) < 0) { /* already signalled */
+  }
+  if (g->have_populate) pthread_join(g->populate, NULL);
+  if (g->have_server) pthread_join(g->server, NULL);
+  if (g->have_drain) pthread_join(g->drain, NULL);
+  if (g->sock_path[0]) unlink(g->sock_path);
+  /* What is left (mappings, descriptors of clients) goes with the process, which ends now: programs see the socket hang up. */
+  if (g->listen_fd >= 0) close(g->listen_fd);
+  if (g->ep >= 0) close(g->ep);
+}

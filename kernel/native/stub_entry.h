@@ -1,0 +1,318 @@
+/* stub, part 5: how programs come in — the patched system call sites of libc, exec, and the start. */
+
+/* ---------------------------------------------------------------- joining */
+static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t flags) {
+  long *sp = (long *)(((uintptr_t)stack_top & ~15ul) - 16);
+  sp[0] = (long)fn, sp[1] = arg;
+  long r;
+  register long r10 __asm__("r10") = 0;
+  register long r8 __asm__("r8") = 0;
+  register long r9 __asm__("r9") = SY_MARK;
+  __asm__ volatile("syscall\n"
+                   "test %%rax,%%rax\n"
+                   "jnz 1f\n"
+                   "xor %%ebp,%%ebp\n"
+                   "pop %%rax\n"
+                   "pop %%rdi\n"
+                   "call *%%rax\n"
+                   "hlt\n"
+                   "1:\n"
+                   : "=a"(r) : "a"((long)__NR_clone), "D"(flags), "S"(sp), "d"(0L), "r"(r10), "r"(r8), "r"(r9) : "rcx", "r11", "memory");
+  return (int)r;
+}
+
+/* Reserves the arena and starts the service threads. mm_lock is held, all signals are blocked (the threads inherit that). */
+static int attach(void) {
+  uint64_t a[2][2] = {{brk_floor, SY_BRK_PAGES}, {mmap_floor, SY_ARENA_PAGES}};
+  if ((int)SYS(__NR_getpid, 0, 0, 0, 0, 0) != owner_pid) return 0; /* a vfork child: its threads would be another process's */
+  if (mmap_floor > SY_ARENA_PAGES - SY_ARENA_PAGES / 4) return mode = NATIVE, 0; /* after very many generations of forks */
+  for (int i = 0; i < 2; i++)
+    if (sys_mmap(VA(a[i][0]), (a[i][1] - a[i][0]) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(a[i][0])) {
+      if (i) SYS(__NR_munmap, VA(a[0][0]), (a[0][1] - a[0][0]) * PS, 0, 0, 0);
+      return mode = NATIVE, 0;
+    }
+  STORE(join_state, 0);
+  int t = start_thread(command_thread, 0, cmd_stack + sizeof cmd_stack, THREAD);
+  if (t < 0) STORE(join_state, 2);
+  while (!LOAD(join_state)) futex_wait(&join_state, 0, 1000, 0);
+  if (LOAD(join_state) == 1) return 1;
+  mode = NATIVE;
+  for (int i = 0; i < 2; i++) SYS(__NR_munmap, VA(a[i][0]), (a[i][1] - a[i][0]) * PS, 0, 0, 0);
+  return 0;
+}
+/* Is the enclave to serve this call that maps n bytes anew? */
+static int ready(uint64_t bytes) {
+  if (mode == MANAGED) return 1;
+  if (mode == LAZY) return attach();
+  if (mode == FORKED && (forked_bytes += bytes) >= ATTACH_AFTER_FORK) return attach();
+  return 0;
+}
+
+/* ---------------------------------------------------------------- dispatch */
+/* brk before or without the enclave. Once libc's heap has begun natively it stays so, but for what a forked child inherited: that heap
+ * lies in the arena, and grows there natively until the child joins. */
+static long brk_unmanaged(uintptr_t want) {
+  if (mode != FORKED || !brk_cur) {
+    if (mode != OFF && want) brk_native = 1;
+    return SYS(__NR_brk, want, 0, 0, 0, 0);
+  }
+  if (want < brk_start || want > VA(SY_BRK_PAGES)) return (long)brk_cur;
+  uint64_t cur = PAGE(UP(brk_cur)), new = PAGE(UP(want));
+  if (new > cur) {
+    long r = sys_mmap(VA(cur), (new - cur) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0);
+    if (r != (long)VA(cur)) return (long)brk_cur;
+    memset(attr + cur, A_OF(RW), new - cur);
+  } else if (new < cur) {
+    SYS(__NR_munmap, VA(new), (cur - new) * PS, 0, 0, 0);
+    memset(attr + new, 0, cur - new);
+  }
+  brk_floor = brk_hi = new;
+  brk_cur = want;
+  return (long)brk_cur;
+}
+static int inherited_heap(void) { return mode == NATIVE && brk_cur; } /* a child that could not join */
+
+/* One memory call; mm_lock held. */
+static long emulate(long nr, long *a) {
+  switch (nr) {
+  case __NR_mmap:
+    if (mode == FORKED && IN_ARENA(a[0]) && (a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE))) break;
+    if (!IN_ARENA(a[0]) || !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)))
+      if (!ready(UP(a[1]))) break;
+    return do_mmap(a);
+  case __NR_brk:
+    if (brk_native) break;
+    if (inherited_heap()) { mode = FORKED; long r = brk_unmanaged((uintptr_t)a[0]); mode = NATIVE; return r; }
+    if (mode == FORKED && a[0] && (uint64_t)a[0] <= brk_cur) return brk_unmanaged((uintptr_t)a[0]);
+    return ready(mode == FORKED && (uint64_t)a[0] > brk_cur ? (uint64_t)a[0] - brk_cur : 0) ? do_brk((uintptr_t)a[0]) : brk_unmanaged((uintptr_t)a[0]);
+  }
+  if (mode != MANAGED) /* FORKED or NATIVE: what is in the arena is the kernel's */
+    return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+  switch (nr) {
+  case __NR_munmap: return do_munmap((uintptr_t)a[0], (uint64_t)a[1]);
+  case __NR_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, 0);
+  case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, a[3]);
+  case __NR_madvise: return do_madvise((uintptr_t)a[0], (uint64_t)a[1], (int)a[2]);
+  case __NR_mremap: return do_mremap((uintptr_t)a[0], (uint64_t)a[1], (uint64_t)a[2], a[3], (uintptr_t)a[4]);
+  case __NR_mincore: return do_mincore((uintptr_t)a[0], (uint64_t)a[1], (uint8_t *)a[2]);
+  case __NR_mlock: case __NR_mlock2: case __NR_munlock: return do_mlock((uintptr_t)a[0], (uint64_t)a[1], nr);
+  case __NR_mseal: return -EPERM;
+  }
+  return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+}
+
+/* Registers of the thread at the system call site, as sy_entry pushed them. */
+struct regs { long a[6]; long new_sp; long ret; };
+
+static long exec_managed(long nr, struct regs *r);
+
+long sy_dispatch(struct regs *r, long nr);
+long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
+  long *a = r->a, ret;
+  uint64_t all = ~0ull, old;
+  r->new_sp = 0;
+  switch (nr) { /* what is none of our business goes straight on */
+  case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
+  case __NR_mmap:
+    if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : (a[0] || !eligible(a[2], a[3])))
+      return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+    break;
+  case __NR_brk: case __NR_clone: case __NR_fork: break;
+  case __NR_mlockall: /* the arena is never the kernel's to fill: future and present pages are locked as they come */
+    return SYS(nr, a[0] | (mode == MANAGED ? 4 /* MCL_ONFAULT */ : 0), 0, 0, 0, 0);
+  case __NR_munmap:
+    if (!IN_ARENA(a[0]) && (uint64_t)a[0] < SY_ARENA_START && (uint64_t)a[0] + (uint64_t)a[1] > SY_ARENA_START && mode == MANAGED) return -EINVAL;
+    __attribute__((fallthrough));
+  default:
+    if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+    if (!IN_ARENA(a[0])) return -ENOMEM; /* native memory moved into the arena: docs/limits.md */
+  }
+  SYS(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &old, 8, 0);
+  lock();
+  if (nr == __NR_clone || nr == __NR_fork) {
+    long stack = nr == __NR_clone ? a[1] : 0;
+    ret = do_fork(nr == __NR_clone ? a[0] : SIGCHLD, a[2], a[3], a[4]);
+    if (ret == 0) r->new_sp = stack;
+  } else
+    ret = emulate(nr, a);
+  unlock();
+  SYS(__NR_rt_sigprocmask, 2, &old, 0, 8, 0);
+  return ret;
+}
+
+/* Comes from a site by a jump: rax = number, r11 = where to go on; arguments as in a system call. As a system call it changes rax, rcx
+ * and r11 only. The caller's red zone is left alone. */
+void sy_entry(void);
+void sy_entry_any(void);
+__asm__(".text\n.hidden sy_entry\n.globl sy_entry\n.type sy_entry,@function\n"
+        "sy_entry:\n"
+        "lea -128(%rsp),%rsp\n"
+        "push %r11\n push $0\n push %r9\n push %r8\n push %r10\n push %rdx\n push %rsi\n push %rdi\n"
+        "mov %rsp,%rdi\n mov %rax,%rsi\n"
+        "push %rbp\n mov %rsp,%rbp\n and $-16,%rsp\n cld\n"
+        "call sy_dispatch\n"
+        "mov %rbp,%rsp\n pop %rbp\n"
+        "pop %rdi\n pop %rsi\n pop %rdx\n pop %r10\n pop %r8\n pop %r9\n pop %rcx\n pop %r11\n"
+        "lea 128(%rsp),%rsp\n"
+        "test %rcx,%rcx\n cmovnz %rcx,%rsp\n" /* the child of a clone with a stack of its own */
+        "jmp *%r11\n");
+
+/* From libc's syscall(): any number may come. Ours, and clone without CLONE_VM, go the same way; the rest is called here, on whatever
+ * stack, and goes back by an address that is not in a register (a new thread has none of ours). */
+void *sy_syscall_back __attribute__((visibility("hidden")));
+#define OURS(nr) "cmp $" #nr ",%eax\n je 2f\n"
+__asm__(".text\n.hidden sy_entry_any\n.globl sy_entry_any\n.type sy_entry_any,@function\n"
+        "sy_entry_any:\n" OURS(9) OURS(10) OURS(11) OURS(12) OURS(25) OURS(27) OURS(28) OURS(57) OURS(59) OURS(149) OURS(150) OURS(151) OURS(322)
+        OURS(325) OURS(329) OURS(462)
+        "cmp $56,%eax\n jne 1f\n test $0x100,%edi\n jz 2f\n"
+        "1: syscall\n jmp *sy_syscall_back(%rip)\n"
+        "2: mov sy_syscall_back(%rip),%r11\n jmp sy_entry\n");
+
+/* ---------------------------------------------------------------- exec */
+/* The new image must find the stub again: what the launcher had added to the environment, and the start took out, goes back in. */
+static long exec_managed(long nr, struct regs *r) {
+  long *a = r->a;
+  char **env = (char **)(nr == __NR_execve ? a[2] : a[3]);
+  size_t n = 0;
+  if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+  while (env && env[n]) n++;
+  if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
+  char *out[n + 3], pre[sizeof preload_env + 1024];
+  pre[0] = 0;
+  append(pre, sizeof pre, "LD_PRELOAD=");
+  append(pre, sizeof pre, stub_path);
+  size_t k = 0;
+  for (size_t i = 0; i < n; i++) {
+    if (starts(env[i], "_SYLVIE=")) continue;
+    if (starts(env[i], "LD_PRELOAD=")) {
+      if (len(env[i]) > 1000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+      if (env[i][11] && !starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
+      continue;
+    }
+    out[k++] = env[i];
+  }
+  out[k++] = pre, out[k++] = mark_env, out[k] = 0;
+  return nr == __NR_execve ? SYS(nr, a[0], a[1], out, 0, 0) : SYS(nr, a[0], a[1], a[2], out, a[4]);
+}
+
+/* ---------------------------------------------------------------- the sites */
+/* libc's functions that make the calls; found by the instructions `mov $NR,%eax; syscall` near their entry, which are seven bytes: room
+ * for a jump. libc keeps everything around the call: errno, __curbrk, the thread's state after fork. */
+#define WEAK(f) extern char libc_##f[] __asm__(#f) __attribute__((weak, visibility("default")))
+WEAK(mmap); WEAK(munmap); WEAK(mremap); WEAK(madvise); WEAK(mprotect); WEAK(pkey_mprotect); WEAK(brk); WEAK(mlock); WEAK(mlock2); WEAK(munlock);
+WEAK(mlockall); WEAK(mincore); WEAK(mseal); WEAK(_Fork); WEAK(fork); WEAK(clone); WEAK(execve); WEAK(execveat); WEAK(fexecve); WEAK(syscall);
+extern void *__curbrk __attribute__((weak, visibility("default")));
+void *dlsym(void *, const char *) __attribute__((weak, visibility("default")));
+
+#define THUNK 64
+#define MAX_SITES 32
+static uint8_t thunks[4096] __attribute__((aligned(4096), section(".text.thunks,\"ax\",@progbits#"))) = {0xcc};
+static int n_thunks;
+
+static void put64(uint8_t **t, const void *v) {
+  uint64_t x = (uint64_t)(uintptr_t)v;
+  memcpy(*t, &x, 8);
+  *t += 8;
+}
+static void bytes(uint8_t **t, const char *b, size_t n) {
+  memcpy(*t, b, n);
+  *t += n;
+}
+static int patch(const char *name, uint8_t *f, long nr, int reach, int is_syscall) {
+  for (int tries = 0; tries < 2; tries++) {
+    for (int i = 0; f && i < reach; i++) {
+      uint32_t imm = (uint32_t)nr;
+      int hit = is_syscall ? f[i] == 0x4c && f[i + 1] == 0x8b && f[i + 2] == 0x4c && f[i + 3] == 0x24 && f[i + 4] == 8
+                           : f[i] == 0xb8 && f[i + 1] == (uint8_t)imm && f[i + 2] == (uint8_t)(imm >> 8) && !f[i + 3] && !f[i + 4];
+      if (!hit || f[i + 5] != 0x0f || f[i + 6] != 0x05) continue;
+      uint8_t *site = f + i, *back = site + 7, *t = thunks + n_thunks * THUNK, *start = t;
+      int64_t rel = start - (site + 5);
+      if (n_thunks == MAX_SITES || rel != (int32_t)rel) return -1;
+      if (is_syscall) { /* any number may come: ours to sy_entry, the rest goes on here */
+        sy_syscall_back = back;
+        bytes(&t, "\x4c\x8b\x4c\x24\x08", 5);            /* mov 8(%rsp),%r9 */
+        bytes(&t, "\xff\x25\0\0\0\0", 6), put64(&t, (void *)sy_entry_any);
+      } else {
+        if (nr == __NR_clone) { /* threads and vfork: straight on, on whatever stack */
+          bytes(&t, "\xf7\xc7\0\x01\0\0\x74\x15", 8); /* test $CLONE_VM,%edi; jz managed */
+          bytes(&t, "\xb8\x38\0\0\0\x0f\x05\xff\x25\0\0\0\0", 13), put64(&t, back);
+        }
+        bytes(&t, "\xb8", 1), bytes(&t, (const char *)&imm, 4); /* mov $nr,%eax */
+        bytes(&t, "\x49\xbb", 2), put64(&t, back);              /* mov $back,%r11 */
+        bytes(&t, "\xff\x25\0\0\0\0", 6), put64(&t, (void *)sy_entry);
+      }
+      uint8_t *page = (uint8_t *)((uintptr_t)site & ~(PS - 1));
+      if (SYS(__NR_mprotect, page, 2 * PS, PROT_READ | PROT_WRITE | PROT_EXEC, 0, 0) < 0) return -1;
+      int32_t r32 = (int32_t)rel;
+      site[0] = 0xe9, memcpy(site + 1, &r32, 4), site[5] = 0x0f, site[6] = 0x0b; /* jmp thunk; ud2 */
+      SYS(__NR_mprotect, page, 2 * PS, PROT_READ | PROT_EXEC, 0, 0);
+      return n_thunks++;
+    }
+    /* Not libc's own: an interposed function, or the executable's PLT. Ask for the next one. */
+    f = dlsym ? dlsym((void *)-1 /* RTLD_NEXT */, name) : 0;
+  }
+  return -1;
+}
+
+/* ---------------------------------------------------------------- start */
+static void patch_all(void) {
+  SYS(__NR_mprotect, thunks, sizeof thunks, PROT_READ | PROT_WRITE | PROT_EXEC, 0, 0);
+  int ok = patch("mmap", (void *)libc_mmap, __NR_mmap, 64, 0) >= 0;
+  ok &= patch("munmap", (void *)libc_munmap, __NR_munmap, 32, 0) >= 0;
+  ok &= patch("mremap", (void *)libc_mremap, __NR_mremap, 128, 0) >= 0;
+  ok &= patch("madvise", (void *)libc_madvise, __NR_madvise, 32, 0) >= 0;
+  ok &= patch("mprotect", (void *)libc_mprotect, __NR_mprotect, 32, 0) >= 0;
+  if (patch("_Fork", (void *)libc__Fork, __NR_clone, 128, 0) < 0) ok &= patch("fork", (void *)libc_fork, __NR_clone, 1024, 0) >= 0;
+  ok &= patch("clone", (void *)libc_clone, __NR_clone, 128, 0) >= 0;
+  ok &= patch("execve", (void *)libc_execve, __NR_execve, 32, 0) >= 0;
+  if (&__curbrk && !__curbrk)
+    ok &= patch("brk", (void *)libc_brk, __NR_brk, 32, 0) >= 0;
+  else
+    brk_native = 1;
+  patch("syscall", (void *)libc_syscall, 0, 64, 1);
+  patch("pkey_mprotect", (void *)libc_pkey_mprotect, __NR_pkey_mprotect, 64, 0);
+  patch("mlock", (void *)libc_mlock, __NR_mlock, 32, 0);
+  patch("mlock2", (void *)libc_mlock2, __NR_mlock2, 96, 0);
+  patch("munlock", (void *)libc_munlock, __NR_munlock, 32, 0);
+  patch("mlockall", (void *)libc_mlockall, __NR_mlockall, 32, 0);
+  patch("mincore", (void *)libc_mincore, __NR_mincore, 96, 0);
+  if (libc_mseal) patch("mseal", (void *)libc_mseal, __NR_mseal, 64, 0);
+  if (libc_execveat) patch("execveat", (void *)libc_execveat, __NR_execveat, 96, 0);
+  if (libc_fexecve) patch("fexecve", (void *)libc_fexecve, __NR_execveat, 160, 0);
+  SYS(__NR_mprotect, thunks, sizeof thunks, PROT_READ | PROT_EXEC, 0, 0);
+  mode = ok ? LAZY : NATIVE; /* a libc we do not know: what is patched passes everything through */
+}
+
+/* The first code of the image after the loader (-z initfirst): libc has no heap yet. */
+__attribute__((constructor)) static void start(int argc, char **argv, char **env) {
+  char *sock = 0, *pre = 0;
+  int at = -1;
+  (void)argc, (void)argv;
+  if (!env) return;
+  for (int i = 0; env[i]; i++) {
+    if (starts(env[i], "_SYLVIE=")) sock = env[i] + 8;
+    if (starts(env[i], "LD_PRELOAD=")) pre = env[i] + 11, at = i;
+  }
+  if (!sock || !pre || len(sock) >= sizeof sock_path) return;
+  append(sock_path, sizeof sock_path, sock);
+  append(mark_env, sizeof mark_env, "_SYLVIE=");
+  append(mark_env, sizeof mark_env, sock);
+  size_t n = 0; /* the first of LD_PRELOAD is us */
+  while (pre[n] && pre[n] != ':' && pre[n] != ' ') n++;
+  if (n >= sizeof stub_path) return;
+  memcpy(stub_path, pre, n);
+  /* The program sees the environment that it would see without us. */
+  if (pre[n]) {
+    char *d = env[at] + 11;
+    const char *s = pre + n + 1;
+    while ((*d++ = *s++)) {
+    }
+    at = -1;
+  }
+  int k = 0;
+  for (int i = 0; env[i]; i++)
+    if (i != at && !starts(env[i], "_SYLVIE=")) env[k++] = env[i];
+  env[k] = 0;
+  owner_pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
+  patch_all();
+}

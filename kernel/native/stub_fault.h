@@ -1,0 +1,346 @@
+/* stub, part 3: fault threads, the command thread, and joining the enclave. */
+
+/* ---------------------------------------------------------------- magazine */
+/* Takes a block of the given order. The block is noted in in_hand before it leaves the ring, so that the gateway never takes it for
+ * lost. SY_NO_FRAME = ring empty. */
+static uint32_t mag_pop(int me, int order) {
+  const volatile struct sy_mag_ring *r = &mag->ring[order];
+  for (;;) {
+    uint32_t h = LOAD(ctl->mag_head[order]), t = __atomic_load_n(&r->tail, __ATOMIC_ACQUIRE);
+    uint32_t level = t - h;
+    if (level <= r->low || level == 0) {
+      uint32_t bit = 1u << order;
+      if (!(__atomic_fetch_or(&ctl->mag_low_sent, bit, __ATOMIC_SEQ_CST) & bit)) post(SY_MSG_MAGAZINE_LOW, 0, 0, level, order, h, 1);
+    }
+    if (level == 0 || level > SY_MAG_SLOTS) return SY_NO_FRAME;
+    uint32_t pfn = r->slot[h % SY_MAG_SLOTS];
+    STORE(ctl->in_hand_order[me], (uint32_t)order);
+    STORE(ctl->in_hand[me], pfn);
+    if (CAS(ctl->mag_head[order], &h, h + 1)) return pfn;
+    STORE(ctl->in_hand[me], SY_NO_FRAME);
+  }
+}
+/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native. */
+static int refill(int order, uint64_t p) {
+  uint32_t seq = LOAD(mag->refill_seq);
+  struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
+  __atomic_fetch_add(&ctl->mag_empty, 1, __ATOMIC_RELAXED);
+  post(SY_MSG_PAGE_FAULT, p, 0, 1, order, 0, 0);
+  if (LOAD(gateway_dead)) return -1;
+  for (;;) {
+    long r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0);
+    if (r == sizeof q) break;
+    if (r != -EAGAIN && r != -EINTR) {
+      STORE(gateway_dead, 1);
+      return -1;
+    }
+    nap(200);
+  }
+  while (LOAD(mag->refill_seq) == seq) {
+    futex_wait((void *)&mag->refill_seq, seq, 50, 1);
+    char b;
+    if (LOAD(mag->refill_seq) == seq && SYS(__NR_recvfrom, fd_sock, &b, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) { /* hung up */
+      STORE(gateway_dead, 1);
+      return -1;
+    }
+  }
+  return mag->no_frames ? -1 : 0;
+}
+
+/* ---------------------------------------------------------------- one fault */
+/* The aligned block of 2^order pages around p that is mapped alike and has nothing in it. */
+static int block_empty(uint64_t p, int order) {
+  uint64_t n = 1ull << order, b = p & ~(n - 1);
+  uint8_t a = attr[p];
+  if (is_native(b) || is_native(b + n - 1) || b + n > SY_ARENA_PAGES) return 0;
+  for (uint64_t i = b; i < b + n; i++)
+    if (attr[i] != a) return 0;
+  if (!LOAD(chunks[b / SY_CHUNK_PAGES])) return 1;
+  for (uint64_t i = b; i < b + n; i++)
+    if (!untouched(LOAD(pte[i]))) return 0;
+  return 1;
+}
+static int present(uint64_t p) { return LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT; }
+/* Order for a first touch at p: the policy's order where it fits; and further, up to its maximum, for one who walks upwards (the
+ * pages before the block are there), as read-ahead grows. */
+static int choose_order(uint64_t p) {
+  int order = (int)mag->fault_order, max = (int)mag->fault_order_max;
+  if (order > SY_HUGE_ORDER) order = SY_HUGE_ORDER;
+  if (max > SY_HUGE_ORDER) max = SY_HUGE_ORDER;
+  while (order > 0 && !block_empty(p, order)) order--;
+  if (order != (int)mag->fault_order) return order;
+  while (order < max) {
+    uint64_t n = 2ull << order, b = p & ~(n - 1);
+    if (b < n || !present(b - 1) || !present(b - n) || !block_empty(p, order + 1)) break;
+    order++;
+  }
+  return order;
+}
+static void lock_back(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++) __atomic_fetch_and(&pte[i], ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED), __ATOMIC_SEQ_CST);
+}
+static int may(uint8_t a, int write) { return (a & A_MAPPED) && (A_PROT(a) & (write ? PROT_WRITE : PROT_READ | PROT_WRITE | PROT_EXEC)); }
+
+static void first_touch(int me, uint64_t p, int write) {
+  STORE(chunks[p / SY_CHUNK_PAGES], 1);
+  int order = may(attr[p], write) ? choose_order(p) : 0;
+  uint64_t n = 1ull << order, b = p & ~(n - 1), got = 0;
+  for (; got < n; got++) {
+    word_t w = LOAD(pte[b + got]);
+    if ((w & SY_PTE_STATE_MASK) != SY_PTE_NONE || (order && (w & W_KPROT)) || !CAS(pte[b + got], &w, (w & (SY_PTE_STALE | W_KPROT)) | SY_PTE_LOCKED)) break;
+  }
+  if (got < n) { /* somebody else is at work in this block: look at the fault again */
+    lock_back(b, got);
+    wake(p, 1);
+    return;
+  }
+  uint8_t a = attr[p]; /* read again under the word's lock */
+  int prot = kprot(a), native = 0;
+  if (!may(a, write)) { /* not the program's to touch: let the kernel say so (SIGSEGV, or EFAULT inside a call) */
+    SYS(__NR_mprotect, VA(p), PS, prot, 0, 0);
+    lock_back(b, n);
+    __atomic_fetch_or(&pte[p], W_KPROT, __ATOMIC_SEQ_CST);
+    wake(p, 1);
+    return;
+  }
+  if (order)
+    for (uint64_t i = b; i < b + n; i++)
+      if (attr[i] != a) {
+        lock_back(b, n);
+        wake(p, 1);
+        return;
+      }
+  uint32_t pfn = SY_NO_FRAME;
+  int o;
+  for (int tries = 0;; tries++) {
+    for (o = order; o >= 0; o--)
+      if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
+    if (o >= 0) break;
+    if (refill(order, p)) {
+      /* Nothing from the gateway: a bigger block than wanted serves too, the rest goes back. */
+      for (o = order + 1; o <= SY_HUGE_ORDER; o++)
+        if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
+      if (o > SY_HUGE_ORDER) native = 1;
+      break;
+    }
+  }
+  uint64_t use = n, first = b;
+  if (!native && o < order) { /* a smaller block: the part of ours around p */
+    use = 1ull << o, first = p & ~(use - 1);
+    lock_back(b, first - b);
+    lock_back(first + use, b + n - first - use);
+    if (n > use) wake(b, n); /* CONTENDED in the parts given back */
+  }
+  if (!native && o > order) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (uint32_t)use, (1ull << o) - use, 0, 0, 1);
+  if (!native) {
+    for (uint64_t i = 0; i < use; i++) {
+      word_t keep = LOAD(pte[first + i]) & (SY_PTE_STALE | SY_PTE_CONTENDED | W_KPROT);
+      STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME | keep);
+    }
+    STORE(ctl->in_hand[me], SY_NO_FRAME);
+    uint32_t nd = 0;
+    while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
+    long r = sys_mmap(VA(first), use * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+    if (r < 0 && r > -4096) { /* too many mappings, or no memory for page tables: the frames go back, the page goes native */
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_LOCKED | (LOAD(pte[first + i]) & SY_PTE_STALE));
+      post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, use, 0, 0, 1);
+      native = 1;
+    } else {
+      uffd_register(first, use, UFFD_FRAME);
+      post(SY_MSG_PAGE_MAPPED, first, pfn, use, o < order ? o : order, 0, 0);
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
+      __atomic_fetch_add(&ctl->pages_mapped, use, __ATOMIC_RELAXED);
+    }
+  }
+  if (native) {
+    long r = sys_mmap(VA(first), use * PS, prot, ANON | MAP_FIXED, -1, 0);
+    if (r < 0 && r > -4096) { /* not even a mapping: as long as the old one is anonymous, a zero page in it will do */
+      struct uffdio_zeropage z = {.range = {VA(p), PS}};
+      long e = SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0);
+      lock_back(first, use);
+      if (e == 0) STORE(pte[p], SY_PTE_NATIVE);
+      else nap(1000); /* try again: something may have been unmapped meanwhile */
+    } else {
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0));
+      __atomic_fetch_add(&ctl->pages_native, use, __ATOMIC_RELAXED);
+    }
+  }
+  wake(first, use);
+}
+
+static void fault(int me, uint64_t addr, uint64_t flags) {
+  uint64_t p = PAGE(addr);
+  if (p >= SY_ARENA_PAGES) return;
+  __atomic_fetch_add(&ctl->faults, 1, __ATOMIC_RELAXED);
+  for (;;) {
+    word_t w = LOAD(chunks[p / SY_CHUNK_PAGES]) ? LOAD(pte[p]) : 0;
+    switch (w & SY_PTE_STATE_MASK) {
+    case SY_PTE_NONE: first_touch(me, p, (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0); return;
+    case SY_PTE_LOCKED:
+      if (CAS(pte[p], &w, w | SY_PTE_CONTENDED)) return;
+      continue;
+    case SY_PTE_PRESENT:
+      if (flags & UFFD_PAGEFAULT_FLAG_WP) {
+        struct uffdio_writeprotect u = {.range = {VA(p), PS}, .mode = 0};
+        SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+      } else if (flags & UFFD_PAGEFAULT_FLAG_MINOR) {
+        /* The mapping lost its entries (a huge one that was protected in part, say): give back the whole run around p. */
+        uint64_t b = p & ~(uint64_t)(SY_CHUNK_PAGES - 1), lo = p, hi = p + 1;
+        word_t base = w >> SY_PTE_PFN_SHIFT;
+        while (lo > b && (LOAD(pte[lo - 1]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && (LOAD(pte[lo - 1]) >> SY_PTE_PFN_SHIFT) == base - (p - lo + 1)) lo--;
+        while (hi < b + SY_CHUNK_PAGES && (LOAD(pte[hi]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && (LOAD(pte[hi]) >> SY_PTE_PFN_SHIFT) == base + (hi - p)) hi++;
+        struct uffdio_continue c = {.range = {VA(lo), (hi - lo) * PS}, .mode = UFFDIO_CONTINUE_MODE_DONTWAKE};
+        if (SYS(__NR_ioctl, fd_uffd, UFFDIO_CONTINUE, &c, 0, 0) < 0) { /* part of it was there already: just this page */
+          c = (struct uffdio_continue){.range = {VA(p), PS}};
+          SYS(__NR_ioctl, fd_uffd, UFFDIO_CONTINUE, &c, 0, 0);
+        }
+      }
+      wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);
+      return;
+    default: wake(p, 1); return;
+    }
+  }
+}
+
+static void fault_thread(long me) {
+  uint64_t cpu = 1ull << me;
+  if (SYS(__NR_sched_getaffinity, 0, 8, &cpu, 0, 0) > 0) { /* one thread a CPU: a wake on the faulting CPU is the cheap one */
+    uint64_t may_run = cpu, mine = 0;
+    for (long i = 0, seen = 0; i < 64; i++)
+      if ((may_run >> i & 1) && seen++ == me) mine = 1ull << i;
+    if (mine) SYS(__NR_sched_setaffinity, 0, 8, &mine, 0, 0);
+  }
+  struct uffd_msg m[4];
+  for (;;) {
+    long r = SYS(__NR_read, fd_uffd, m, sizeof m, 0, 0);
+    if (r == -EINTR || r == -EAGAIN) continue;
+    if (r <= 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+    for (long i = 0; i * (long)sizeof *m < r; i++) {
+      if (m[i].event != UFFD_EVENT_PAGEFAULT) continue;
+      __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
+      /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
+      if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
+      __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);
+    }
+  }
+}
+
+/* ---------------------------------------------------------------- command thread */
+static long emulate(long nr, long *a);
+
+static void run_command(const volatile struct sy_cmd *c) {
+  long a[6], r = -ENOSYS;
+  for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
+  if (c->op == SY_CMD_SYSCALL) {
+    /* A holder of mm_lock may be waiting for us: serve it meanwhile. */
+    while (!trylock())
+      if (!serve_request()) nap(20);
+    r = emulate(c->nr, a);
+    unlock();
+  } else if (c->op == SY_CMD_PING)
+    r = 0;
+  struct sy_cmd_done *d = &ctl->done[c->id % SY_CMD_SLOTS];
+  d->result = r;
+  STORE(d->id, c->id);
+  struct sy_request q = {.kind = SY_REQ_CMD_DONE};
+  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+}
+
+static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t flags);
+
+static int recv_welcome(struct sy_welcome *w, int *fds, int max) {
+  union { char b[CMSG_SPACE(sizeof(int) * 16)]; struct cmsghdr h; } c;
+  struct iovec v = {w, sizeof *w};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = c.b, .msg_controllen = sizeof c.b};
+  long r;
+  while ((r = SYS(__NR_recvmsg, fd_sock, &m, MSG_CMSG_CLOEXEC, 0, 0)) == -EINTR) {
+  }
+  if (r != sizeof *w || w->magic != SY_MAGIC || w->abi != SY_ABI_VERSION || w->status != SY_W_OK) return -1;
+  int n = 0;
+  if (m.msg_controllen >= sizeof(struct cmsghdr) && c.h.cmsg_type == SCM_RIGHTS) {
+    n = (int)((c.h.cmsg_len - CMSG_LEN(0)) / sizeof(int));
+    for (int i = 0; i < n && i < max; i++) fds[i] = ((int *)(void *)CMSG_DATA(&c.h))[i];
+  }
+  return n;
+}
+static long send_hello(int kind, int fd) {
+  union { char b[CMSG_SPACE(sizeof(int))]; struct cmsghdr h; } c;
+  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)kind, 0};
+  struct iovec v = {&hello, sizeof hello};
+  struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
+  if (fd >= 0) {
+    m.msg_control = c.b, m.msg_controllen = sizeof c.b;
+    c.h = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    *(int *)(void *)CMSG_DATA(&c.h) = fd;
+  }
+  return SYS(__NR_sendmsg, fd_sock, &m, MSG_NOSIGNAL, 0, 0) == sizeof hello ? 0 : -1;
+}
+
+static int join_enclave(void) {
+  struct sy_welcome w;
+  int f[4 + SY_MAX_NODES];
+  struct sockaddr_un a = {.sun_family = AF_UNIX};
+  memcpy(a.sun_path, sock_path, len(sock_path) + 1);
+  fd_sock = (int)SYS(__NR_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, 0, 0);
+  if (fd_sock < 0 || SYS(__NR_connect, fd_sock, &a, sizeof a, 0, 0) < 0) return -1;
+  fd_uffd = (int)SYS(__NR_userfaultfd, O_CLOEXEC, 0, 0, 0, 0);
+  if (fd_uffd < 0) { /* an ordinary user: faults inside system calls need the device, which the gateway may open */
+    int dev = -1;
+    if (send_hello(SY_HELLO_NEED_UFFD, -1) || recv_welcome(&w, &dev, 1) != 1) return -1;
+    fd_uffd = (int)SYS(__NR_ioctl, dev, USERFAULTFD_IOC_NEW, O_CLOEXEC, 0, 0);
+    if (fd_uffd < 0) return -1;
+  }
+  int n;
+  if (send_hello(SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 4 + SY_MAX_NODES)) < 5 || w.nodes > SY_MAX_NODES || n != 4 + (int)w.nodes) return -1;
+  asid = w.asid, nodes = w.nodes;
+  for (uint32_t i = 0; i < nodes; i++) node[i] = w.node[i], fd_ram[i] = f[4 + i];
+  long as = sys_mmap(0, SY_AS_BYTES, RW, MAP_SHARED | MAP_NORESERVE, f[0], 0), mg = sys_mmap(0, SY_MAG_BYTES, PROT_READ, MAP_SHARED, f[1], 0);
+  long hd = sys_mmap(0, SY_HEADER_BYTES, PROT_READ, MAP_SHARED, f[2], 0), bl = sys_mmap(0, SY_BELL_BYTES, RW, MAP_SHARED, f[3], 0);
+  if ((as | mg | hd | bl) < 0) return -1;
+  for (int i = 0; i < 4; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
+  ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
+  mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl;
+  if (uffd_register(brk_floor, SY_BRK_PAGES - brk_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
+  if (uffd_register(mmap_floor, SY_ARENA_PAGES - mmap_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
+  return 0;
+}
+
+#define THREAD (CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_UNTRACED)
+
+static void command_thread(long unused) {
+  (void)unused;
+  uint32_t seen = 0;
+  /* Our own descriptor table: nothing of the program's may stay open because of us. */
+  if (SYS(__NR_close_range, 0, ~0U, 0, 0, 0) < 0)
+    for (int i = 0; i < 4096; i++) SYS(__NR_close, i, 0, 0, 0, 0);
+  int ok = join_enclave() == 0;
+  if (ok) {
+    mode = MANAGED;
+    struct sy_request q = {.kind = SY_REQ_READY};
+    q.tids[0] = (uint32_t)SYS(__NR_gettid, 0, 0, 0, 0, 0);
+    for (long i = 0; ok && i < SY_SERVICE_THREADS; i++) {
+      int t = start_thread(fault_thread, i, fault_stack[i] + sizeof fault_stack[i], THREAD | CLONE_FILES);
+      if (t < 0) ok = i > 0; /* one is enough */
+      else q.tids[1 + i] = (uint32_t)t;
+    }
+    if (ok) SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+  }
+  if (!ok) {
+    mode = NATIVE;
+    STORE(join_state, 2);
+    futex_wake(&join_state, 0);
+    SYS(__NR_exit, 0, 0, 0, 0, 0);
+  }
+  STORE(join_state, 1);
+  futex_wake(&join_state, 0);
+  for (;;) {
+    while (serve_request() || LOAD(mag->cmd_tail) != seen) {
+      if (LOAD(mag->cmd_tail) != seen) run_command(&mag->cmd[seen++ % SY_CMD_SLOTS]);
+    }
+    /* two words at once: a command of the gateway's, a request of a program thread */
+    struct { uint64_t val, uaddr; uint32_t flags, pad; } v[2] = {{seen, (uintptr_t)&mag->cmd_tail, 2 /* 32 bit, shared */, 0},
+                                                                  {0, (uintptr_t)&req_word, 2 | FUTEX_PRIVATE_FLAG, 0}};
+    long r = SYS(__NR_futex_waitv, v, 2, 0, 0, 0);
+    if (r == -ENOSYS) nap(1000); /* before Linux 5.16 */
+  }
+}

@@ -1,0 +1,155 @@
+/* stub, part 4: fork. Done at the system call itself, in the forking thread, whatever called it.
+ *
+ * The child gets a copy of every page, in memory of the kernel's own, made by itself before it returns into the program; the parent
+ * waits, and all writes of its other threads are parked by write protection until the copy is done, so the child's view is of one
+ * instant. The child lives on with what it inherited as native memory, and joins the enclave anew once it has mapped
+ * ATTACH_AFTER_FORK bytes (a child that is about to exec never does). docs/decisions/0002 says why. */
+
+/* Kernel entries of frame mappings protected (on) or free again (off), run by run. */
+static long protect_request(void *arg) {
+  int on = *(int *)arg;
+  for (uint64_t i = 0, end = SY_ARENA_PAGES; i < end;) {
+    if (i >= brk_hi && i < SY_BRK_PAGES) i = SY_BRK_PAGES;
+    if (i >= mmap_hi) break;
+    if (!LOAD(chunks[i / SY_CHUNK_PAGES])) {
+      i = (i / SY_CHUNK_PAGES + 1) * SY_CHUNK_PAGES;
+      continue;
+    }
+    uint64_t k = 0;
+    while ((i + k) < end && present(i + k)) k++;
+    if (k) {
+      struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+      SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+    }
+    i += k ? k : 1;
+  }
+  if (!on) wake(0, SY_ARENA_PAGES);
+  return 0;
+}
+
+static int is_single_threaded(void) {
+  struct stat st;
+  if (SYS(__NR_newfstatat, -100 /* AT_FDCWD */, "/proc/self/task", &st, 0, 0) < 0) return 0;
+  return st.st_nlink <= 2 + 1 + 1 + SY_SERVICE_THREADS;
+}
+
+/* Child: makes [p, p + n), mapped alike, its own. */
+static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
+  if (a & A_FOREIGN) return 0;
+  if (a & A_DONTFORK) {
+    memset(attr + p, 0, n);
+    return SYS(__NR_munmap, VA(p), n * PS, 0, 0, 0);
+  }
+  long t = sys_mmap(0, n * PS, RW, ANON, -1, 0);
+  if (t < 0) return t;
+  for (uint64_t end = p + n, i = next_used(p, end); i < end && !(a & A_WIPEONFORK); i = next_used(i, end)) {
+    uint64_t k = 0;
+    int odd = 0;
+    for (; i + k < end && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]); k++) {
+      word_t w = LOAD(pte[i + k]), st = w & SY_PTE_STATE_MASK;
+      if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
+      odd |= (w & W_KPROT) != 0;
+    }
+    if (k) {
+      if (odd && !(A_PROT(a) & PROT_READ)) SYS(__NR_mprotect, VA(i), k * PS, PROT_READ, 0, 0);
+      memcpy((char *)t + (i - p) * PS, (void *)VA(i), k * PS);
+    }
+    i += k ? k : 1;
+  }
+  if (A_PROT(a) != RW) SYS(__NR_mprotect, t, n * PS, A_PROT(a), 0, 0);
+  long r = SYS(__NR_mremap, t, n * PS, n * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
+  return r < 0 ? r : 0;
+}
+static long settle_region(uint64_t lo, uint64_t hi, uint64_t top) {
+  for (uint64_t i = lo; i < hi;) {
+    uint64_t k = 1;
+    while (i + k < hi && attr[i + k] == attr[i]) k++;
+    long r = is_native(i) ? 0 : attr[i] ? settle_run(i, k, attr[i]) : SYS(__NR_munmap, VA(i), k * PS, 0, 0, 0);
+    if (r < 0) return r;
+    i += k;
+  }
+  if (hi < top) SYS(__NR_munmap, VA(hi), (top - hi) * PS, 0, 0, 0);
+  return 0;
+}
+
+static void now_forked(void) {
+  owner_pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
+  forked_bytes = 0;
+  STORE(req_word, 0);
+  STORE(gateway_dead, 0);
+  busy[0] = busy[1] = 0;
+}
+
+/* Static, as is the stack: the forking thread's own stack may lie in the arena, and every page of that is protected meanwhile. */
+static struct fork_args { long flags, ptid, ctid, tls; int managed; } fork_args;
+
+/* Clone, and what the child does before it goes back. */
+static long do_clone(struct fork_args *f) {
+  long flags = f->flags;
+  /* The kernel writes the child's id where the mapping may still be the parent's: do it ourselves after settling. */
+  int tid_later = f->managed && IN_ARENA(f->ctid) && (flags & (CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID));
+  if (tid_later) flags &= ~(long)(CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID);
+  long pid = sys6(__NR_clone, flags, 0, f->ptid, f->ctid, f->tls, SY_MARK);
+  if (pid) return pid;
+  if (f->managed) {
+    long r = settle_region(brk_floor, brk_hi, SY_BRK_PAGES);
+    if (!r) r = settle_region(mmap_floor, mmap_hi, SY_ARENA_PAGES);
+    STORE(ctl->fork_done, r ? 2 : 1);
+    futex_wake(&ctl->fork_done, 1);
+    if (r) {
+      say("sylvie: a forked child found no memory for its copy\n");
+      SYS(__NR_exit_group, 127, 0, 0, 0, 0);
+    }
+    SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
+    SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
+    SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
+    SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+    mode = FORKED;
+    brk_floor = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = mmap_next = mmap_hi;
+    brk_hi = brk_floor;
+    memset(hole, 0, sizeof hole);
+    if (tid_later) {
+      if (f->flags & CLONE_CHILD_SETTID) *(int *)f->ctid = (int)SYS(__NR_gettid, 0, 0, 0, 0, 0);
+      if (f->flags & CLONE_CHILD_CLEARTID) SYS(__NR_set_tid_address, f->ctid, 0, 0, 0, 0);
+    }
+  }
+  now_forked();
+  return 0;
+}
+
+long sy_on_stack(void *stack_top, long (*fn)(struct fork_args *), struct fork_args *arg);
+__asm__(".text\n.hidden sy_on_stack\n.globl sy_on_stack\n.type sy_on_stack,@function\nsy_on_stack:\n"
+        "push %rbp\nmov %rsp,%rbp\nmov %rdi,%rsp\nmov %rdx,%rdi\ncall *%rsi\nmov %rbp,%rsp\npop %rbp\nret\n");
+
+static int gone(long pid) {
+  struct { int si[32]; } info = {{0}};
+  long r = SYS(__NR_waitid, 1 /* P_PID */, pid, &info, 0x01000005 | 1 /* WNOWAIT | WEXITED | WNOHANG */, 0);
+  return r == 0 && info.si[0] == SIGCHLD;
+}
+
+static long fork_on_stack(struct fork_args *f) {
+  if (!f->managed) return do_clone(f);
+  __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
+  for (int i = 0; i < SY_SERVICE_THREADS; i++)
+    while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
+  int off = 0, on = 1;
+  if (!is_single_threaded()) by_command_thread(protect_request, &on);
+  STORE(ctl->fork_done, 0);
+  long pid = do_clone(f);
+  if (pid == 0) return 0; /* the child */
+  if (pid > 0) {
+    while (!LOAD(ctl->fork_done)) {
+      futex_wait(&ctl->fork_done, 0, 20, 1);
+      if (!LOAD(ctl->fork_done) && gone(pid)) break; /* killed while it copied */
+    }
+    post(SY_MSG_MM_FORK, 0, 0, 0, 0, (uint64_t)pid, 0);
+  }
+  __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
+  by_command_thread(protect_request, &off);
+  return pid;
+}
+/* Caller holds mm_lock. */
+static long do_fork(long flags, long ptid, long ctid, long tls) {
+  fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED};
+  return sy_on_stack(fork_stack + sizeof fork_stack, fork_on_stack, &fork_args);
+}

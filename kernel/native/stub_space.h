@@ -1,0 +1,498 @@
+/* stub, part 2: the address space — what Linux keeps in VMAs — and the memory calls on it. Everything here runs under mm_lock. */
+
+/* Pages that a forked child inherited are the kernel's own (see stub_fork.h). */
+static int is_native(uint64_t p) { return p < SY_BRK_PAGES ? p < brk_floor : p < mmap_floor; }
+static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
+
+/* Locks a page's word; returns it as it was. */
+static word_t word_lock(uint64_t p) {
+  for (int spin = 0;;) {
+    word_t w = LOAD(pte[p]);
+    if ((w & SY_PTE_STATE_MASK) != SY_PTE_LOCKED) {
+      word_t l = (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
+      if (CAS(pte[p], &w, l)) return w;
+    } else if (++spin > 20)
+      nap(50);
+    else
+      yield();
+  }
+}
+static int untouched(word_t w) { return !(w & (SY_PTE_STATE_MASK | W_KPROT)); }
+/* Stores a word and wakes who came meanwhile. */
+static long wake_request(void *arg) {
+  uint64_t *a = arg;
+  wake(a[0], a[1]);
+  return 0;
+}
+static void word_unlock(uint64_t p, word_t w) {
+  word_t old = __atomic_exchange_n(&pte[p], w & ~(word_t)(SY_PTE_CONTENDED | SY_PTE_HASFRAME), __ATOMIC_SEQ_CST);
+  if (old & SY_PTE_CONTENDED) by_command_thread(wake_request, (uint64_t[]){p, 1});
+}
+
+/* Calls f for every maximal run of pages in [p, p + n) whose words are alike by key(); chunks never used count as word 0. */
+static uint64_t next_used(uint64_t p, uint64_t end) {
+  while (p < end && !LOAD(chunks[p / SY_CHUNK_PAGES])) p = (p / SY_CHUNK_PAGES + 1) * SY_CHUNK_PAGES;
+  return p < end ? p : end;
+}
+
+/* Brings a piece of the arena back to its first state: nothing mapped, registered, plain read-write. PROT_NONE until registered, so
+ * that no touch finds the kernel's zero page. */
+static long restore_request(void *arg) {
+  uint64_t *a = arg;
+  long r = sys_mmap(VA(a[0]), a[1] * PS, PROT_NONE, ANON | MAP_FIXED, -1, 0);
+  if (r < 0 && r > -4096) return r;
+  uffd_register(a[0], a[1], UFFDIO_REGISTER_MODE_MISSING);
+  return SYS(__NR_mprotect, VA(a[0]), a[1] * PS, RW, 0, 0);
+}
+static void arena_restore(uint64_t p, uint64_t n) { by_command_thread(restore_request, (uint64_t[]){p, n}); }
+
+/* Takes the content of [p, p + n) away: frames go back to the gateway, the next touch finds zero. The kernel's mapping is emptied
+ * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens. */
+static void evict(uint64_t p, uint64_t n) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST); /* attr before words: a fault thread locks the word first, then reads attr again */
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i, end)) {
+    if (untouched(LOAD(pte[i]))) {
+      i++;
+      continue;
+    }
+    word_t w = word_lock(i);
+    int st = w & SY_PTE_STATE_MASK;
+    if (st == SY_PTE_NONE) {
+      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
+      word_unlock(i, w & ~(word_t)W_KPROT);
+      i++;
+      continue;
+    }
+    /* the run of pages in the same state, with frames that follow one another */
+    uint64_t k = 1;
+    while (i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
+      word_t x = LOAD(pte[i + k]);
+      if ((int)(x & SY_PTE_STATE_MASK) != st) break;
+      if (st == SY_PTE_PRESENT && (x >> SY_PTE_PFN_SHIFT) != (w >> SY_PTE_PFN_SHIFT) + k) break;
+      if ((x ^ w) & W_KPROT) break;
+      word_t l = (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | (st == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
+      if (!CAS(pte[i + k], &x, l)) break;
+      k++;
+    }
+    if (st == SY_PTE_NATIVE) {
+      arena_restore(i, k);
+      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE);
+      __atomic_fetch_sub(&ctl->pages_native, k, __ATOMIC_RELAXED);
+    } else {
+      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
+      /* EINVAL: the program locked it (mlockall of its own) */
+      if (SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0) == -EINVAL) SYS(__NR_madvise, VA(i), k * PS, 24 /* MADV_DONTNEED_LOCKED */, 0, 0);
+      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | SY_PTE_STALE);
+      __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+      post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
+    }
+    i += k;
+  }
+}
+
+/* After attr of [p, p + n) has changed: waits out faults that decided on the old attr, and makes the kernel's protection fit. */
+static long set_kernel_prot(uint64_t p, uint64_t n, int prot) {
+  long bad = 0;
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i, end)) {
+    if (untouched(LOAD(pte[i]))) {
+      i++;
+      continue;
+    }
+    word_t w = word_lock(i);
+    int st = w & SY_PTE_STATE_MASK;
+    int want = st == SY_PTE_NONE ? RW : prot;
+    uint64_t k = 1;
+    int odd = (w & W_KPROT) != 0; /* anything that has to be done at all? */
+    while (i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
+      word_t x = LOAD(pte[i + k]);
+      if ((int)(x & SY_PTE_STATE_MASK) != st) break;
+      word_t l = (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | (st == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
+      if (!CAS(pte[i + k], &x, l)) break;
+      odd |= (x & W_KPROT) != 0;
+      k++;
+    }
+    if (want != RW || odd) {
+      long r = SYS(__NR_mprotect, VA(i), k * PS, want, 0, 0);
+      if (r < 0) bad = r;
+    }
+    for (uint64_t j = 0; j < k; j++) {
+      word_t x = LOAD(pte[i + j]);
+      word_t back = (x & ~(word_t)(SY_PTE_STATE_MASK | W_KPROT)) | (word_t)st | (want != RW ? W_KPROT : 0);
+      word_unlock(i + j, back);
+    }
+    i += k;
+  }
+  return bad;
+}
+
+static int all_free(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++)
+    if (attr[i]) return 0;
+  return 1;
+}
+static int all_mapped(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++)
+    if (!(attr[i] & A_MAPPED)) return 0;
+  return 1;
+}
+
+/* ---------------------------------------------------------------- choosing addresses */
+static void hole_add(uint64_t p, uint64_t n) {
+  if (p < mmap_floor || p < SY_BRK_PAGES) return;
+  if (p + n == mmap_next) { /* the top: give it back, with every hole that now touches it */
+    mmap_next = p;
+    for (int again = 1; again;) {
+      again = 0;
+      for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++)
+        if (hole[i].n && hole[i].p + hole[i].n == mmap_next) mmap_next = hole[i].p, hole[i].n = 0, again = 1;
+    }
+    return;
+  }
+  unsigned least = 0;
+  for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) {
+    if (hole[i].n && hole[i].p + hole[i].n == p) {
+      uint64_t q = hole[i].p, m = hole[i].n + n;
+      hole[i].n = 0;
+      hole_add(q, m);
+      return;
+    }
+    if (hole[i].n && p + n == hole[i].p) {
+      uint64_t m = hole[i].n + n;
+      hole[i].n = 0;
+      hole_add(p, m);
+      return;
+    }
+    if (hole[i].n < hole[least].n) least = i;
+  }
+  if (n > hole[least].n) hole[least].p = p, hole[least].n = n; /* what is forgotten is found again by the last resort below */
+}
+static uint64_t round_to(uint64_t x, uint64_t a) { return (x + a - 1) & ~(a - 1); }
+/* Finds n free pages; 0 = none (page 0 of the arena is never handed out by mmap). Large pieces are aligned, so that blocks fit. */
+static uint64_t find(uint64_t n) {
+  uint64_t align = n >= 512 ? 512 : n >= 16 ? 16 : 1;
+  for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) {
+    uint64_t p = round_to(hole[i].p, align), end = hole[i].p + hole[i].n;
+    if (!hole[i].n || p + n > end) continue;
+    uint64_t q = hole[i].p;
+    hole[i].n = 0;
+    if (!all_free(p, n)) continue; /* the program mapped there by MAP_FIXED */
+    if (p > q) hole_add(q, p - q);
+    if (p + n < end) hole_add(p + n, end - p - n);
+    return p;
+  }
+  for (uint64_t p = round_to(mmap_next, align); p + n <= SY_ARENA_PAGES;) {
+    uint64_t i = p;
+    while (i < p + n && !attr[i]) i++;
+    if (i < p + n) { p = round_to(i + 1, align); continue; }
+    if (p > mmap_next) { uint64_t q = mmap_next; mmap_next = p + n; hole_add(q, p - q); }
+    mmap_next = p + n;
+    return p;
+  }
+  uint64_t from = mmap_floor > SY_BRK_PAGES ? mmap_floor : SY_BRK_PAGES; /* last resort: look at every page */
+  for (uint64_t p = round_to(from, align), i = p; p + n <= SY_ARENA_PAGES; p = round_to(i + 1, align)) {
+    for (i = p; i < p + n && !attr[i]; i++) {
+    }
+    if (i == p + n) return p;
+  }
+  return 0;
+}
+
+/* Marks [p, p + n) mapped; the range was free. From here on a fault nearby may fill it too, as part of its block. */
+static void claim(uint64_t p, uint64_t n, uint8_t a) {
+  memset(attr + p, a, n);
+  if (p >= SY_BRK_PAGES) {
+    if (p + n > mmap_hi) mmap_hi = p + n, ctl->mmap_hi = mmap_hi;
+    if (p + n > mmap_next && p <= mmap_next) mmap_next = p + n;
+  } else if (p + n > brk_hi)
+    brk_hi = p + n;
+  post(SY_MSG_MM_MMAP, p, 0, n, 0, A_PROT(a), 0);
+}
+static void map_pages(uint64_t p, uint64_t n, uint8_t a) {
+  claim(p, n, a);
+  set_kernel_prot(p, n, RW); /* a stray touch may have left a page without access */
+}
+static void unmap_pages(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n;) {
+    uint64_t k = 1;
+    uint8_t a = attr[i];
+    while (i + k < p + n && (attr[i + k] & A_FOREIGN) == (a & A_FOREIGN) && !attr[i + k] == !a) k++;
+    if (a) {
+      memset(attr + i, 0, k);
+      __atomic_thread_fence(__ATOMIC_SEQ_CST);
+      if (a & A_FOREIGN)
+        arena_restore(i, k);
+      else
+        evict(i, k);
+      hole_add(i, k);
+      post(SY_MSG_MM_MUNMAP, i, 0, k, 0, 0, 0);
+    }
+    i += k;
+  }
+}
+
+/* ---------------------------------------------------------------- the calls */
+static void touch(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++) {
+    volatile uint8_t *a = (volatile uint8_t *)VA(i);
+    if (A_PROT(attr[i]) & PROT_WRITE)
+      __atomic_fetch_or(a, 0, __ATOMIC_RELAXED);
+    else if (A_PROT(attr[i]) & PROT_READ)
+      (void)*a;
+  }
+}
+
+/* A mapping of the program's own (a file, shared memory, code) put into the arena by MAP_FIXED. */
+static long map_foreign(uint64_t p, uint64_t n, long *a) {
+  unmap_pages(p, n);
+  long r = sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+  if (r < 0 && r > -4096) return r;
+  memset(attr + p, A_OF(a[2]) | A_FOREIGN, n);
+  if (p >= SY_BRK_PAGES && p + n > mmap_hi) mmap_hi = p + n, ctl->mmap_hi = mmap_hi;
+  return r;
+}
+
+static int eligible(long prot, long flags) {
+  return (flags & 0xf) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) && !(flags & (MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB | 0x40 /* MAP_32BIT */)) &&
+         !(prot & ~(long)RW);
+}
+
+static long do_mmap(long *a) {
+  uintptr_t addr = (uintptr_t)a[0];
+  uint64_t n = UP(a[1]) / PS;
+  long prot = a[2], flags = a[3] & 0xffffffff;
+  int fixed = (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) != 0;
+  uint64_t p;
+  if (fixed) {
+    p = PAGE(addr);
+    if (addr % PS) return -EINVAL;
+    if (!a[1] || n > SY_ARENA_PAGES || p + n > SY_ARENA_PAGES) return a[1] ? -ENOMEM : -EINVAL;
+    if (is_native(p) || is_native(p + n - 1)) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, (int)a[4], (uint64_t)a[5]);
+    if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
+    if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
+    unmap_pages(p, n);
+    for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) /* no longer free */
+      if (hole[i].n && hole[i].p < p + n && p < hole[i].p + hole[i].n) hole[i].n = 0;
+  } else {
+    if (!a[1]) return -EINVAL;
+    p = addr && IN_ARENA(addr) && addr % PS == 0 && PAGE(addr) >= SY_BRK_PAGES && !is_native(PAGE(addr)) && PAGE(addr) + n <= SY_ARENA_PAGES && all_free(PAGE(addr), n)
+            ? PAGE(addr) : find(n);
+    if (!p) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, -1, 0); /* the arena is full: natively */
+  }
+  map_pages(p, n, A_OF(prot));
+  if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
+  return (long)VA(p);
+}
+
+static long do_munmap(uintptr_t addr, uint64_t size) {
+  if (addr % PS || !size) return -EINVAL;
+  uint64_t p = PAGE(addr), n = UP(size) / PS;
+  if (p + n > SY_ARENA_PAGES) return -EINVAL;
+  while (n && is_native(p)) { /* what a forked child inherited */
+    uint64_t k = 1;
+    while (k < n && is_native(p + k)) k++;
+    long r = SYS(__NR_munmap, VA(p), k * PS, 0, 0, 0);
+    if (r) return r;
+    memset(attr + p, 0, k);
+    p += k, n -= k;
+  }
+  if (n) unmap_pages(p, n);
+  return 0;
+}
+
+static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, long pkey) {
+  if (addr % PS) return -EINVAL;
+  uint64_t p = PAGE(addr), n = UP(size) / PS;
+  if (!n) return 0;
+  if (p + n > SY_ARENA_PAGES) return -ENOMEM;
+  if (is_native(p) || nr == __NR_pkey_mprotect) {
+    if (!is_native(p) && pkey != -1) touch(p, n); /* a key is a property of the kernel's mapping: have one */
+    long r = SYS(nr, addr, size, prot, pkey, 0);
+    if (r == 0 && !is_native(p))
+      for (uint64_t i = p; i < p + n; i++) attr[i] = (uint8_t)((attr[i] & ~(7 << 1)) | ((prot & 7) << 1));
+    return r;
+  }
+  if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC)) return -EINVAL; /* GROWSDOWN: not on anonymous mappings like these */
+  if (!all_mapped(p, n)) return -ENOMEM;
+  for (uint64_t i = p; i < p + n;) {
+    uint64_t k = 1;
+    while (i + k < p + n && (attr[i + k] & A_FOREIGN) == (attr[i] & A_FOREIGN)) k++;
+    int foreign = attr[i] & A_FOREIGN;
+    for (uint64_t j = i; j < i + k; j++) attr[j] = (uint8_t)((attr[j] & ~(7 << 1)) | ((prot & 7) << 1));
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    long r = foreign ? SYS(__NR_mprotect, VA(i), k * PS, prot, 0, 0) : set_kernel_prot(i, k, prot);
+    if (r) return r;
+    i += k;
+  }
+  return 0;
+}
+
+static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
+  if (addr % PS) return -EINVAL;
+  uint64_t p = PAGE(addr), n = UP(size) / PS;
+  if (!n) return 0;
+  if (p + n > SY_ARENA_PAGES) return -ENOMEM;
+  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_madvise, addr, size, advice, 0, 0);
+  long r = all_mapped(p, n) ? 0 : -ENOMEM; /* as Linux: done for what is mapped, and said */
+  uint8_t set = 0, clear = 0;
+  switch (advice) {
+  case MADV_DONTNEED:
+  case MADV_FREE:
+  case 24: /* DONTNEED_LOCKED */
+    for (uint64_t i = p; i < p + n;) {
+      uint64_t k = 0;
+      while (i + k < p + n && (attr[i + k] & A_MAPPED) && !(attr[i + k] & A_FOREIGN)) k++;
+      if (k) evict(i, k);
+      i += k ? k : 1;
+    }
+    break;
+  case MADV_REMOVE: return -EINVAL; /* as on private anonymous memory */
+  case MADV_WIPEONFORK: set = A_WIPEONFORK; break;
+  case 19 /* KEEPONFORK */: clear = A_WIPEONFORK; break;
+  case MADV_DONTFORK: set = A_DONTFORK; break;
+  case MADV_DOFORK: clear = A_DONTFORK; break;
+  case MADV_POPULATE_READ:
+  case MADV_POPULATE_WRITE:
+    for (uint64_t i = p; i < p + n; i++)
+      if (!(A_PROT(attr[i]) & (advice == MADV_POPULATE_WRITE ? PROT_WRITE : PROT_READ | PROT_WRITE))) return r ? r : -EINVAL;
+    touch(p, n);
+    break;
+  case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
+  case MADV_HUGEPAGE: case MADV_NOHUGEPAGE: case MADV_MERGEABLE: case MADV_UNMERGEABLE: case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
+  default: return -EINVAL;
+  }
+  if (set | clear)
+    for (uint64_t i = p; i < p + n; i++)
+      if (attr[i]) attr[i] = (uint8_t)((attr[i] | set) & ~clear);
+  post(SY_MSG_MM_MADVISE, p, 0, n, 0, (uint64_t)advice, 0);
+  return r;
+}
+
+/* Moves n pages' content from p to q (free and unmapped there): the same frames are mapped at q, then taken away at p. */
+struct move { uint64_t p, q, n; int prot; };
+static long move_request(void *arg) {
+  struct move *m = arg;
+  for (uint64_t end = m->p + m->n, i = next_used(m->p, end); i < end; i = next_used(i, end)) {
+    word_t w = word_lock(i);
+    int st = w & SY_PTE_STATE_MASK;
+    uint64_t j = m->q + (i - m->p), k = 1;
+    if (st == SY_PTE_NONE) {
+      word_unlock(i, w);
+      i++;
+      continue;
+    }
+    uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT), nd = 0;
+    while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
+      word_t x = LOAD(pte[i + k]);
+      if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k) break;
+      if (!CAS(pte[i + k], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME)) break;
+      k++;
+    }
+    STORE(chunks[j / SY_CHUNK_PAGES], 1);
+    STORE(chunks[(j + k - 1) / SY_CHUNK_PAGES], 1);
+    word_t flag = m->prot != RW ? W_KPROT : 0;
+    if (st == SY_PTE_PRESENT) {
+      while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
+      sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+      uffd_register(j, k, UFFD_FRAME);
+      post(SY_MSG_PAGE_MOVED, j, pfn, k, 0, 0, 0);
+      for (uint64_t x = 0; x < k; x++) STORE(pte[j + x], ((word_t)(pfn + x) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | flag);
+      SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
+      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
+      for (uint64_t x = 0; x < k; x++) word_unlock(i + x, SY_PTE_NONE | SY_PTE_STALE);
+    } else { /* native page: let the kernel move it, and repair the hole */
+      SYS(__NR_mremap, VA(i), PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(j));
+      STORE(pte[j], SY_PTE_NATIVE | flag);
+      restore_request((uint64_t[]){i, 1});
+      word_unlock(i, SY_PTE_NONE);
+    }
+    i += k;
+  }
+  return 0;
+}
+
+static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long flags, uintptr_t to) {
+  uint64_t p = PAGE(old), n = UP(old_size) / PS, m = UP(new_size) / PS, q;
+  if (old % PS || !m || (flags & ~7L) || ((flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) && !(flags & MREMAP_MAYMOVE))) return -EINVAL;
+  if (is_native(p)) return SYS(__NR_mremap, old, old_size, new_size, flags, to) /* a move out of the arena's native part: fine */;
+  if (!n || p + n > SY_ARENA_PAGES || m > SY_ARENA_PAGES) return n ? -ENOMEM : -EINVAL;
+  if (!all_mapped(p, n)) return -EFAULT;
+  for (uint64_t i = p; i < p + n; i++)
+    if ((attr[i] & A_FOREIGN) || A_PROT(attr[i]) != A_PROT(attr[p])) return -EFAULT; /* more than one mapping */
+  uint8_t a = attr[p];
+  if (flags & MREMAP_FIXED) {
+    q = PAGE(to);
+    if (to % PS) return -EINVAL;
+    if (!IN_ARENA(to) || q + m > SY_ARENA_PAGES || is_native(q)) return -ENOMEM; /* see docs/limits.md */
+    if (q < p + n && p < q + m) return -EINVAL;
+    unmap_pages(q, m);
+  } else if (!(flags & MREMAP_DONTUNMAP) && m <= n) {
+    if (m < n) unmap_pages(p + m, n - m);
+    return (long)old;
+  } else if (!(flags & MREMAP_DONTUNMAP) && p + m <= (p < SY_BRK_PAGES ? SY_BRK_PAGES : SY_ARENA_PAGES) && p >= SY_BRK_PAGES && all_free(p + n, m - n)) {
+    for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) {
+      if (!hole[i].n || hole[i].p >= p + m || p + n >= hole[i].p + hole[i].n) continue;
+      uint64_t h = hole[i].p, e = hole[i].p + hole[i].n;
+      hole[i].n = 0;
+      if (e > p + m) hole_add(p + m, e - (p + m));
+      if (h < p + n) hole_add(h, p + n - h);
+    }
+    map_pages(p + n, m - n, a);
+    return (long)old;
+  } else {
+    if (!(flags & MREMAP_MAYMOVE)) return -ENOMEM;
+    /* room to grow again in place: address space is plentiful, moving is not */
+    uint64_t room = m >= 32 ? m + m / 2 : m;
+    if (!(q = find(room)) && !(q = find(m = room = UP(new_size) / PS))) return -ENOMEM;
+    if (room > m) hole_add(q + m, room - m);
+  }
+  /* The content first, the claim afterwards: until then no fault may put a block there. */
+  set_kernel_prot(q, m, RW);
+  by_command_thread(move_request, &(struct move){p, q, n < m ? n : m, A_PROT(a)});
+  claim(q, m, a);
+  if (flags & MREMAP_DONTUNMAP)
+    evict(p, n);
+  else
+    unmap_pages(p, n);
+  post(SY_MSG_MM_MREMAP, q, 0, m, 0, p, 0);
+  return (long)VA(q);
+}
+
+static long do_brk(uintptr_t want) {
+  if (!brk_cur) {
+    brk_start = brk_cur = SY_ARENA_START;
+    brk_floor = brk_hi = 0;
+  }
+  if (want < brk_start || want > VA(SY_BRK_PAGES)) return (long)brk_cur;
+  uint64_t cur = PAGE(UP(brk_cur)), new = PAGE(UP(want));
+  if (new > cur) {
+    if (!all_free(cur, new - cur)) return (long)brk_cur;
+    map_pages(cur, new - cur, A_OF(RW));
+  } else if (new < cur)
+    do_munmap(VA(new), (cur - new) * PS);
+  brk_cur = want;
+  ctl->brk_pages = new;
+  return (long)brk_cur;
+}
+
+static long do_mincore(uintptr_t addr, uint64_t size, uint8_t *vec) {
+  if (addr % PS) return -EINVAL;
+  uint64_t p = PAGE(addr), n = UP(size) / PS;
+  if (p + n > SY_ARENA_PAGES) return -ENOMEM;
+  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_mincore, addr, size, vec, 0, 0);
+  if (!all_mapped(p, n)) return -ENOMEM;
+  for (uint64_t i = 0; i < n; i++) vec[i] = LOAD(chunks[(p + i) / SY_CHUNK_PAGES]) && (LOAD(pte[p + i]) & SY_PTE_STATE_MASK) != SY_PTE_NONE;
+  return 0;
+}
+
+static long do_mlock(uintptr_t addr, uint64_t size, long nr) {
+  uint64_t p = PAGE(addr), n = (UP(addr + size) - (addr & ~(PS - 1))) / PS;
+  if (p + n > SY_ARENA_PAGES) return -ENOMEM;
+  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(nr, addr, size, 0, 0, 0);
+  if (!all_mapped(p, n)) return -ENOMEM;
+  if (nr == __NR_munlock) return 0;
+  uint64_t lim[2];
+  if (SYS(__NR_prlimit64, 0, 8 /* RLIMIT_MEMLOCK */, 0, lim, 0) == 0 && n * PS > lim[0] && SYS(__NR_geteuid, 0, 0, 0, 0, 0) != 0) return lim[0] ? -ENOMEM : -EPERM;
+  touch(p, n); /* frames never leave RAM by the kernel's doing; keeping them from kswapd is the word's business */
+  return 0;
+}
