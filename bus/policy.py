@@ -1,0 +1,88 @@
+"""What a policy is: a class with a handler per message and a ``step()``. No sockets, no descriptors, no process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kernel.abi import OP_DTYPE, lib
+
+
+class Transaction:
+    """Operations that a policy has decided on and that the runtime will commit in one batch.
+
+    The barrier of each is read from the frame table here, at the time of the decision: if the frame changes before the
+    gateway carries the operation out, its result is STALE and nothing happened.
+    """
+
+    def __init__(self, frames: NDArray[np.void]) -> None:
+        self._frames = frames
+        self._parts: list[NDArray[np.void]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def add(self, op: int, pfns: ArrayLike, order: int, asid: int = 0, arg: int = 0) -> None:
+        """One operation for each of ``pfns``, a number or an array of them. ``IndexError`` if one is not in the
+        table."""
+        at = np.atleast_1d(np.asarray(pfns, np.int64))
+        part = np.zeros(len(at), OP_DTYPE)
+        part["op"], part["order"], part["asid"], part["arg"] = op, order, asid, arg
+        part["pfn"] = at
+        part["barrier"] = self._frames["barrier"][at]
+        self._parts.append(part)
+
+    def grant(self, asid: int, pfns: ArrayLike, order: int) -> None:
+        """Free blocks of 2**order frames into the magazine of ``asid``."""
+        self.add(lib.SY_OP_GRANT, pfns, order, asid)
+
+    def reserve(self, pfns: ArrayLike, order: int) -> None:
+        """Free blocks into the gateway's reserve."""
+        self.add(lib.SY_OP_RESERVE, pfns, order)
+
+    def release(self, pfns: ArrayLike, order: int) -> None:
+        """Blocks of the gateway's reserve become free."""
+        self.add(lib.SY_OP_RELEASE, pfns, order)
+
+    def take(self) -> NDArray[np.void]:
+        """All queued operations, in order, shape (n,); the queue is empty afterwards."""
+        parts, self._parts = self._parts, []
+        return np.concatenate(parts) if parts else np.zeros(0, OP_DTYPE)
+
+
+class BasePolicy:
+    """Base of every policy; everything here may be left as it is.
+
+    A method named after a message in lower case is its handler: ``def page_mapped(self, events)`` gets the events of
+    that type in one batch, shape (n,), as ``struct sy_msg``. The runtime subscribes to what has a handler.
+
+    The tables are the truth and an event says where to look: the gateway changes the table before it tells, so the
+    table may already be ahead of the event at hand, and after ``rebuild()`` events may come whose effect is in the
+    tables already. Handlers must be right then too. Of one batch, types are handled in ascending order of their
+    number.
+    """
+
+    def __init__(self, frames: NDArray[np.void], header: Any, nodes: list[tuple[int, int]], txn: Transaction) -> None:
+        self.frames = frames  # struct sy_frame, shape (frames,), read-only
+        self.header = header  # struct sy_header, read-only
+        self.nodes = nodes  # (first pfn, frames) of each node
+        self.txn = txn
+
+    def rebuild(self) -> None:
+        """Forget everything and start from the tables: at start, and after events were lost."""
+
+    def step(self) -> None:
+        """Decide: called after each batch and at least ten times a second. Queue operations on ``self.txn``."""
+
+    def result(self, ops: NDArray[np.void]) -> None:
+        """What became of the operations of the last step; operations queued here are committed at once."""
+
+    def dump(self) -> dict[str, Any]:
+        """State for people and tests; travels with each heartbeat, so: short and cheap."""
+        return {}
+
+    def words(self) -> dict[str, list[int]]:
+        """Tunables for the gateway to keep, by name; sent once, with HELLO. See ``kernel/gateway.py``."""
+        return {}

@@ -1,0 +1,300 @@
+"""The life of a component: everything that is not policy.
+
+start → drop privileges → map the tables → subscribe → HELLO (answers with the sequence number at which events begin to
+count) → rebuild from the tables → events in, transactions out, heartbeats → SIGTERM.
+
+Subscribing comes before HELLO, and both before the tables are read: so every change is either in the tables when they
+are read or in an event that is handled afterwards, or in both, never in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from bus.client import Control, GatewayGone, subscriber
+from bus.codec import MAX_OPS, BusError, decode_batch, field
+from bus.policy import BasePolicy, Transaction
+from bus.tables import Tables
+from bus.topics import MESSAGES, TOPICS, topic_of
+from kernel.abi import OP_DTYPE, ffi, lib, names
+
+HEARTBEAT = 0.5  # seconds between two
+PATIENCE = 5.0  # seconds without an answer after which the gateway is taken for dead
+TICK = 0.1  # seconds after which step() is called although nothing came
+LATE = 2.0  # seconds after which an event that was sent and has not come counts as lost
+BURST = 256  # batches handled in one go
+DEFAULT_RUN_DIR = "/run/sylvie"
+COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
+_NAME = {value: name for name, value in MESSAGES.items()}
+_PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
+
+log = logging.getLogger("sylvie")
+
+
+def drop_privileges(component: int) -> None:
+    """Becomes the component's own user, for good; does nothing but forbid new privileges if already unprivileged."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+    if os.geteuid() == 0:
+        uid = lib.SY_COMPONENT_UID_BASE + component
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+
+
+def fetch_tables(run_dir: str | Path, component: int) -> Tables:
+    """The tables, from the gateway's Unix socket. :raises BusError: refused; OSError: no gateway there."""
+    path = Path(run_dir) / "gateway.sock"
+    hello = ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_COMPONENT, component))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as conn:
+        conn.settimeout(PATIENCE)
+        conn.connect(str(path))
+        conn.send(bytes(ffi.buffer(hello)))
+        room = socket.CMSG_SPACE(8 * array.array("i").itemsize)
+        data, ancillary, _, _ = conn.recvmsg(ffi.sizeof("struct sy_welcome"), room)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) // fds.itemsize * fds.itemsize])
+    try:
+        if len(data) < ffi.sizeof("struct sy_welcome"):
+            raise BusError(f"{path} answered with {len(data)} bytes")
+        welcome = ffi.from_buffer("struct sy_welcome[]", data)[0]
+        if welcome.status == lib.SY_W_ABI:
+            raise BusError(f"ABI {lib.SY_ABI_VERSION} asked, gateway speaks {welcome.abi}: build both from one tree")
+        if welcome.status != lib.SY_W_OK or len(fds) < 2:
+            raise BusError(f"the gateway refused the tables to component {component}, uid {os.geteuid()}")
+        return Tables(fds[0], fds[1])
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+class Runtime:
+    """One component on the bus of ``run_dir``. Single-threaded; ``stop`` may be called from a signal handler."""
+
+    def __init__(self, name: str, implementation: str, policy_class: type[BasePolicy], run_dir: str | Path) -> None:
+        self.name, self.implementation = name, implementation
+        self.run_dir = Path(run_dir)
+        self.stopping = False
+        self.rebuilds = self.gaps = self.events = 0
+        self.tables = fetch_tables(run_dir, COMPONENT_IDS[name])
+        self.txn = Transaction(self.tables.frames)
+        self.policy = policy_class(self.tables.frames, self.tables.header, self.tables.nodes, self.txn)
+        self._handlers: dict[int, Callable[[NDArray[np.void]], None]] = {
+            value: getattr(self.policy, message.lower())
+            for message, value in MESSAGES.items()
+            if hasattr(self.policy, message.lower())
+        }
+        # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
+        wanted = {topic_of(_NAME[value]) for value in self._handlers}
+        self._topics = [topic for topic in TOPICS if topic in wanted]
+        self._next: dict[bytes, int] = {}  # sequence number of the next event of each topic
+        self._promised: dict[bytes, int] = {}  # … as the gateway said at _promised_at, until all of it has come
+        self._promised_at = 0.0
+        self._beat_at = 0.0
+        self.control = Control(run_dir, PATIENCE)
+        self.events_in = subscriber(run_dir, self._topics) if self._topics else None
+
+    # ---- joining ----
+    def join(self) -> None:
+        """Subscribes for certain, says HELLO, rebuilds. :raises BusError: refused, or no gateway."""
+        self._wait_for_subscription()
+        answer = self.control.request(
+            {
+                "t": "hello", "name": self.name, "implementation": self.implementation, "abi": lib.SY_ABI_VERSION,
+                "pid": os.getpid(), "words": self.policy.words(),
+            }
+        )  # fmt: skip
+        self._next = self._promise(answer)
+        self._rebuild()
+
+    def _wait_for_subscription(self) -> None:
+        """A subscription takes effect some time after connect(). The gateway answers "sync" with an empty batch on
+        every topic, in order: when that of our last topic arrives, all have."""
+        deadline = time.monotonic() + PATIENCE
+        while self.events_in is not None:
+            self.control.request({"t": "sync"})
+            while self.events_in.poll(50):
+                if decode_batch(self.events_in.recv_multipart())[0] == self._topics[-1]:
+                    return
+            if time.monotonic() > deadline:
+                raise GatewayGone(f"no event within {PATIENCE:g} s after subscribing to {self._topics}")
+
+    @staticmethod
+    def _promise(answer: dict[str, Any]) -> dict[bytes, int]:
+        return {topic.encode(): seq for topic, seq in field(answer, "seqs", dict).items()}
+
+    def _rebuild(self) -> None:
+        self.rebuilds += 1
+        self.policy.rebuild()
+
+    # ---- the loop ----
+    def run(self) -> None:
+        """Works until ``stop``. :raises BusError: the gateway has gone or does not want this process any more."""
+        while not self.stopping:
+            self._receive()
+            self.policy.step()
+            self._commit()
+            now = time.monotonic()
+            if now >= self._beat_at:
+                self._beat_at = now + HEARTBEAT
+                dump = self.policy.dump() | {"rebuilds": self.rebuilds, "gaps": self.gaps, "events": self.events}
+                answer = self.control.request({"t": "heartbeat", "name": self.name, "dump": dump})
+                if not self._promised:
+                    self._promised, self._promised_at = self._promise(answer), now
+
+    def stop(self) -> None:
+        """Ends ``run`` within a tick."""
+        self.stopping = True
+
+    def close(self) -> None:
+        """Says goodbye, if anybody is there to hear it, and closes the sockets."""
+        with contextlib.suppress(BusError):
+            self.control.timeout = 0.5
+            self.control.request({"t": "goodbye", "name": self.name})
+        self.control.close()
+        if self.events_in is not None:
+            self.events_in.close()
+
+    def _receive(self) -> None:
+        if self.events_in is None:
+            time.sleep(TICK)
+            return
+        if not self.events_in.poll(int(TICK * 1000)):
+            # Nothing is on the way any more, so what the gateway said long ago it had sent, and is not here, was lost.
+            if all(self._next[topic] >= self._promised.get(topic, 0) for topic in self._topics):
+                self._promised = {}
+            elif time.monotonic() - self._promised_at > LATE:
+                self._gap("the end", self._promised)
+            return
+        parts: list[NDArray[np.void]] = []
+        for _ in range(BURST):
+            try:
+                frames = self.events_in.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            topic, first, events = decode_batch(frames)
+            expected = self._next[topic]
+            if first > expected:
+                self._gap(topic.decode(), {topic: first})
+                expected = first
+            # Older than HELLO: the tables had it already.
+            parts.append(events[max(0, expected - first) :])
+            self._next[topic] = max(expected, first + len(events))
+        if parts:
+            self._dispatch(np.concatenate(parts))
+
+    def _gap(self, where: str, upto: dict[bytes, int]) -> None:
+        self.gaps += 1
+        lost = sum(max(0, seq - self._next[topic]) for topic, seq in upto.items() if topic in self._next)
+        log.warning("%s: %d events lost at %s, rebuilding", self.name, lost, where)
+        self._next.update({topic: max(seq, self._next[topic]) for topic, seq in upto.items() if topic in self._next})
+        self._rebuild()
+
+    def _dispatch(self, events: NDArray[np.void]) -> None:
+        self.events += len(events)
+        types = events["type"]
+        present = np.flatnonzero(np.bincount(types, minlength=1)).tolist()
+        for kind in present:
+            handler = self._handlers.get(kind)
+            if handler is not None:
+                handler(events if len(present) == 1 else events[types == kind])
+
+    def _commit(self) -> None:
+        # result() may answer a failure with other operations; a policy that always does must not starve the events.
+        for _ in range(4):
+            ops = self.txn.take()
+            if not len(ops):
+                return
+            for start in range(0, len(ops), MAX_OPS):
+                sent = ops[start : start + MAX_OPS]
+                _, raw = self.control.exchange({"t": "txn", "name": self.name}, sent.tobytes())
+                if len(raw) != sent.nbytes:
+                    raise BusError(f"{len(sent)} operations sent, {len(raw)} bytes of results came back")
+                self.policy.result(np.frombuffer(raw, OP_DTYPE))
+
+
+def run(name: str, implementation: str, policy_class: type[BasePolicy], run_dir: str | Path) -> int:
+    """Runs one component until SIGTERM. 0 after an orderly stop, 1 when it cannot go on (the reason is in the log)."""
+    _log_to_stderr()
+    runtime: Runtime | None = None
+    try:
+        drop_privileges(COMPONENT_IDS[name])
+        runtime = Runtime(name, implementation, policy_class, run_dir)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: runtime.stop() if runtime else None)
+        runtime.join()
+        log.info("%s ready: %s, pid %d, uid %d", name, implementation, os.getpid(), os.getuid())
+        runtime.run()
+    except (BusError, OSError) as error:
+        log.error("%s stops: %s", name, error)
+        return 1
+    finally:
+        if runtime is not None:
+            runtime.close()
+    log.info("%s stopped after %d events, %d rebuilds", name, runtime.events, runtime.rebuilds)
+    return 0
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+
+
+def implementation_of(name: str, run_dir: str | Path) -> str:
+    """Which implementation config.json names for a component; by default that of its own name.
+
+    :raises BusError: unreadable, or not the name of a module
+    """
+    path = Path(run_dir) / "config.json"
+    try:
+        chosen = json.loads(path.read_text()).get("components", {}).get(name, name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BusError(f"{path}: {error}") from None
+    if not isinstance(chosen, str) or not chosen.isidentifier() or chosen.startswith("_"):
+        raise BusError(f"{path}: {chosen!r} is not the name of an implementation of {name}")
+    return chosen
+
+
+def load_policy(name: str, implementation: str) -> type[BasePolicy]:
+    """The class ``Policy`` of ``components/NAME/IMPLEMENTATION.py``. :raises BusError: there is none."""
+    try:
+        policy = importlib.import_module(f"components.{name}.{implementation}").Policy
+    except (ImportError, AttributeError) as error:
+        raise BusError(f"{name} has no implementation {implementation}: {error}") from None
+    if not (isinstance(policy, type) and issubclass(policy, BasePolicy)):
+        raise BusError(f"components.{name}.{implementation}.Policy is not a policy")
+    return policy
+
+
+def main(name: str, argv: Sequence[str] | None = None) -> int:
+    """What ``python -m components.NAME`` does. The exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m components.{name}")
+    parser.add_argument("--run-dir", default=os.environ.get("SYLVIE_RUN_DIR", DEFAULT_RUN_DIR))
+    arguments = parser.parse_args(argv)
+    _log_to_stderr()
+    try:
+        # Before privileges are dropped: afterwards the source may not be readable any more.
+        implementation = implementation_of(name, arguments.run_dir)
+        policy_class = load_policy(name, implementation)
+    except BusError as error:
+        log.error("%s cannot start: %s", name, error)
+        return 1
+    return run(name, implementation, policy_class, arguments.run_dir)

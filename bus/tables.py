@@ -1,0 +1,75 @@
+"""The gateway's tables as read-only NumPy arrays, and what anybody can compute from them."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernel.abi import FRAME_DTYPE, ffi, lib, names
+
+MAX_ORDER: int = lib.SY_MAX_ORDER
+# A region is what one block of the highest order covers, 4 MiB. Nodes are whole regions.
+REGION: int = 1 << MAX_ORDER
+FRAME_STATES: dict[str, int] = {
+    name.lower(): value for value, name in names("SY_FRAME_").items() if value < lib.SY_FRAME_STATES
+}
+
+
+class Tables:
+    """Enclave header and frame table of a gateway, mapped from their read-only descriptors.
+
+    :param header_fd: descriptor of ``struct sy_header``; not closed here
+    :param frames_fd: descriptor of ``struct sy_frame[header.frames]``; not closed here
+    :raises OSError: a descriptor cannot be mapped; ``ValueError``: the table is shorter than the header says
+    """
+
+    def __init__(self, header_fd: int, frames_fd: int) -> None:
+        self._header_map = mmap.mmap(header_fd, lib.SY_HEADER_BYTES, prot=mmap.PROT_READ)
+        self.header: Any = ffi.cast("struct sy_header *", ffi.from_buffer(self._header_map))
+        count = self.header.frames
+        frames_map = mmap.mmap(frames_fd, count * FRAME_DTYPE.itemsize, prot=mmap.PROT_READ)
+        # shape (frames,), indexed by pfn; not writeable, since the mapping is not
+        self.frames: NDArray[np.void] = np.frombuffer(frames_map, FRAME_DTYPE, count)
+        # (first pfn, frames) of each node
+        self.nodes = [(self.header.node[i].base, self.header.node[i].frames) for i in range(self.header.nodes)]
+
+
+def maximal_blocks(free: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """The free blocks that a buddy allocator with full coalescing has: maximal, aligned to their size.
+
+    :param free: which frames are free, shape (n,), n a multiple of ``REGION``, the first pfn too
+    :return: shape (n,): the order of the block that begins at a frame, -1 where none begins
+    """
+    heads = np.full(len(free), -1, np.int8)
+    level = free
+    for order in range(MAX_ORDER):
+        above = level[0::2] & level[1::2]
+        heads[:: 1 << order][level & ~np.repeat(above, 2)] = order
+        level = above
+    heads[::REGION][level] = MAX_ORDER
+    return heads
+
+
+def free_blocks(frames: NDArray[np.void], nodes: list[tuple[int, int]]) -> list[list[int]]:
+    """Free blocks per node and order 0..10, as the frame table has them now."""
+    free = frames["state"] == FRAME_STATES["free"]
+    counts = []
+    for base, size in nodes:
+        heads = maximal_blocks(free[base : base + size])
+        counts.append(np.bincount(heads[heads >= 0], minlength=MAX_ORDER + 1).tolist())
+    return counts
+
+
+def buddyinfo(counts: list[list[int]]) -> str:
+    """``free_blocks()`` in the form of /proc/buddyinfo."""
+    lines = (f"Node {node}, zone {'Sylvie':>8} " + "".join(f"{n:6d} " for n in row) for node, row in enumerate(counts))
+    return "\n".join(lines)
+
+
+def frames_by_state(frames: NDArray[np.void]) -> dict[str, int]:
+    """Number of frames in each state, and their ``total``."""
+    counts = np.bincount(frames["state"], minlength=len(FRAME_STATES))
+    return {name: int(counts[value]) for name, value in FRAME_STATES.items()} | {"total": len(frames)}

@@ -1,0 +1,46 @@
+"""Topics: which message goes where.
+
+A topic is a ZeroMQ subscription prefix and the unit of sequence numbers: events of one topic arrive in the order in
+which they happened, and a gap in one topic says nothing about another. Topics separate what different policies need,
+so that buddy does not wade through every page that is mapped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernel.abi import names
+
+# Message types by name without the prefix ("MM_NEW": 192); in the ABI once, here only looked up.
+MESSAGES: dict[str, int] = {name: value for value, name in names("SY_MSG_").items()}
+
+_MEMBERS: dict[bytes, tuple[str, ...]] = {
+    b"mm": ("MM_NEW", "MM_EXIT", "MM_FORK", "MM_EXEC", "MM_MMAP", "MM_MUNMAP", "MM_MREMAP", "MM_MADVISE"),
+    b"page": (
+        "PAGE_FAULT", "PAGE_MAPPED", "PAGE_HINT", "PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_COW", "PAGE_MOVED",
+    ),
+    b"frame": ("PAGE_FREED", "FRAMES_ONLINE", "FRAMES_TAKEN"),
+    b"pressure": ("MAGAZINE_LOW", "RESERVE_LOW", "WATERMARK", "OOM", "PRESSURE", "HEAT_READY"),
+    b"component": ("COMPONENT_UP", "COMPONENT_LOST", "OVERFLOW"),
+    b"test": ("TEST",),
+}  # fmt: skip
+# Everything that no topic claims (task and CPU messages will have their own).
+OTHER = b"other"
+TOPICS: tuple[bytes, ...] = (OTHER, *_MEMBERS)
+
+
+def _table() -> NDArray[np.uint8]:
+    table = np.zeros(1 << 16, np.uint8)
+    for topic, members in _MEMBERS.items():
+        table[[MESSAGES[member] for member in members]] = TOPICS.index(topic)
+    return table
+
+
+# TOPIC_OF[message type] = index into TOPICS; shape (65536,).
+TOPIC_OF: NDArray[np.uint8] = _table()
+
+
+def topic_of(message: str) -> bytes:
+    """The topic of a message named as in the ABI, without prefix. ``KeyError`` if there is no such message."""
+    return TOPICS[int(TOPIC_OF[MESSAGES[message]])]

@@ -1,0 +1,1 @@
+"""buddy: who gets which free frames. Policies: ``buddy`` (the default) and ``next_fit``."""

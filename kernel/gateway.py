@@ -1,0 +1,483 @@
+"""The gateway's control: ``python -m kernel.gateway --run-dir DIR``.
+
+Programs are served by the C threads (``kernel/native/gateway.c``); this process's one Python thread carries events
+from them to the bus, transactions from the bus to them, and answers questions. It may be slow without anybody's page
+fault noticing.
+
+Requests are a msgpack map ``{"t": KIND, ...}``, answered by ``{"ok": true, ...}`` or ``{"ok": false, "error": why}``; a
+``rid`` is handed back. KIND is one of, from components: ``hello sync txn heartbeat goodbye``; from the command line:
+``status check buddyinfo fault-order low post-test``. Each is a method ``request_KIND`` of ``Gateway``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from bus import codec
+from bus.client import EVENTS, HIGH_WATER, REQUESTS, endpoint
+from bus.codec import BusError
+from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks
+from bus.topics import MESSAGES, TOPIC_OF, TOPICS
+from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
+
+BATCH = 512  # events in one message: more is hardly faster, and this bounds what a slow subscriber can pile up
+LOST_AFTER = 2.0  # seconds without a heartbeat
+TICK = 0.25  # seconds between two looks at the heartbeats
+MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
+MAX_AS = 4096  # address spaces that one status lists
+COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
+# States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
+STATES = ("down", "online", "lost")
+
+log = logging.getLogger("sylvie")
+
+
+@dataclass
+class Component:
+    """One configured component; ``route`` is the ZeroMQ identity that last said HELLO, the only one that may commit."""
+
+    name: str
+    id: int
+    implementation: str
+    state: str = "down"
+    pid: int = 0
+    route: bytes = b""
+    restarts: int = 0
+    since: float = 0.0  # monotonic seconds
+    heartbeat: float = 0.0
+    dump: dict[str, Any] = field(default_factory=dict)
+
+    def report(self, now: float) -> dict[str, Any]:
+        """For ``sylvie status``."""
+        up = self.state != "down"
+        return {
+            "name": self.name, "pid": self.pid if up else None, "state": self.state,
+            "implementation": self.implementation, "uptime_s": round(now - self.since, 1) if up else None,
+            "heartbeat_age_s": round(now - self.heartbeat, 2) if up else None, "restarts": self.restarts,
+            "dump": self.dump,
+        }  # fmt: skip
+
+
+class Gateway:
+    """One enclave and its bus.
+
+    :param run_dir: existing directory; the sockets appear in it
+    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}}``
+    :raises BusError: the configuration or the machine does not allow it; says what was found
+    """
+
+    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.started = time.monotonic()
+        chosen = codec.field(config, "components", dict)
+        if unknown := sorted(set(chosen) - set(COMPONENT_IDS)):
+            raise BusError(f"config.json names unknown components {unknown}: known are {sorted(COMPONENT_IDS)}")
+        self.components = {name: Component(name, COMPONENT_IDS[name], str(chosen[name])) for name in chosen}
+        self.counters = {"bad_requests": 0, "batches": 0, "published": 0, "lost_events": 0}
+        self._stopping = False
+
+        why = ffi.new("char[]", 512)
+        ram, nodes = codec.field(config, "ram", int), codec.field(config, "nodes", int)
+        if ram <= 0 or nodes <= 0:
+            raise BusError(f"config.json asks for {ram} bytes of RAM on {nodes} nodes")
+        self.gw = lib.sy_gw_new(str(run_dir).encode(), ram, nodes, why, len(why))
+        if self.gw == ffi.NULL:
+            raise BusError(ffi.string(why).decode(errors="replace") or "the enclave could not be made")
+        self.tables = Tables(lib.sy_gw_header_fd(self.gw), lib.sy_gw_frames_fd(self.gw))
+
+        self._events = np.zeros(BATCH, MSG_DTYPE)
+        self._events_c = ffi.from_buffer("struct sy_msg[]", self._events)
+        self._last_seq = self.tables.header.event_seq  # seqnum of the last event taken from the C half
+        self._seq = [0] * len(TOPICS)  # next sequence number, per topic
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.pub = context.socket(zmq.PUB)
+        # A subscriber that does not read loses batches beyond this, and sees so by the next sequence number: it
+        # rebuilds.
+        self.pub.setsockopt(zmq.SNDHWM, HIGH_WATER)
+        self.pub.setsockopt(zmq.LINGER, 0)
+        self.router = context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.LINGER, 0)
+        # Components run under uids of their own. What keeps others out is the run directory until a key per component
+        # comes with authentication (bus/): ZeroMQ cannot tell a peer's uid.
+        for sock, name in ((self.pub, EVENTS), (self.router, REQUESTS)):
+            sock.bind(endpoint(run_dir, name))
+            os.chmod(run_dir / name, 0o666)
+
+    # ---- the loop ----
+    def start(self) -> None:
+        """Starts the C threads. :raises BusError: they do not start."""
+        if (status := lib.sy_gw_start(self.gw)) < 0:
+            raise BusError(f"the gateway's threads do not start: {os.strerror(-status)}")
+
+    def serve(self) -> None:
+        """Until ``stop``."""
+        # A signal must end the poll, not wait for it.
+        wake_in, wake_out = socket.socketpair()
+        wake_out.setblocking(False)
+        before = signal.set_wakeup_fd(wake_out.fileno())
+        event_fd = lib.sy_gw_event_fd(self.gw)
+        poller = zmq.Poller()
+        for readable in (event_fd, wake_in.fileno(), self.router):
+            poller.register(readable, zmq.POLLIN)
+        look_at = 0.0
+        try:
+            while not self._stopping:
+                ready = dict(poller.poll(int(TICK * 1000)))
+                if event_fd in ready:
+                    self._relay()
+                if self.router in ready:
+                    self._answer_all()
+                if (now := time.monotonic()) >= look_at:
+                    look_at = now + TICK
+                    self._look_for_lost(now)
+        finally:
+            signal.set_wakeup_fd(before)
+            wake_in.close()
+            wake_out.close()
+
+    def stop(self) -> None:
+        """Ends ``serve``; may be called from a signal handler."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Ends the C threads and closes and removes the sockets."""
+        lib.sy_gw_stop(self.gw)
+        self.pub.close()
+        self.router.close()
+        for name in (EVENTS, REQUESTS):
+            (self.run_dir / name).unlink(missing_ok=True)
+
+    # ---- events ----
+    def _relay(self) -> None:
+        """Publishes what waits, but not for ever: requests have their turn too."""
+        for _ in range(32):
+            taken = lib.sy_gw_events(self.gw, self._events_c, BATCH)
+            if taken:
+                self._publish(self._events[:taken])
+            if taken < BATCH:
+                return
+
+    def _publish(self, events: NDArray[np.void]) -> None:
+        last = int(events["seqnum"][-1])
+        if lost := ((last - self._last_seq) & 0xFFFFFFFF) - len(events):
+            # The C half's ring was full. Nobody knows of which topics they were, so each has a gap.
+            self.counters["lost_events"] += lost
+            self._seq = [seq + lost for seq in self._seq]
+            self._publish_empty()
+        self._last_seq = last
+        topics = TOPIC_OF[events["type"]]
+        present = np.flatnonzero(np.bincount(topics)).tolist()
+        for topic in present:
+            part = events if len(present) == 1 else events[topics == topic]
+            self.pub.send_multipart(codec.encode_batch(TOPICS[topic], self._seq[topic], part))
+            self._seq[topic] += len(part)
+        self.counters["batches"] += len(present)
+        self.counters["published"] += len(events)
+
+    def _publish_empty(self) -> None:
+        """A batch of no events on every topic: carries the sequence number."""
+        for topic, seq in zip(TOPICS, self._seq, strict=True):
+            self.pub.send_multipart(codec.encode_batch(topic, seq, self._events[:0]))
+
+    def _post(self, message: str, arg: int) -> None:
+        event = ffi.new("struct sy_msg *", {"type": MESSAGES[message], "arg": arg})
+        lib.sy_gw_post(self.gw, event)
+
+    # ---- components ----
+    def _look_for_lost(self, now: float) -> None:
+        for component in self.components.values():
+            if component.state == "online" and now - component.heartbeat > LOST_AFTER:
+                log.warning("%s (pid %d) is lost: no heartbeat for %.0f s", component.name, component.pid, LOST_AFTER)
+                self._enter(component, "lost")
+
+    def _enter(self, component: Component, state: str) -> None:
+        component.state = state
+        self._publish_state(component)
+        self._post("COMPONENT_UP" if state == "online" else "COMPONENT_LOST", component.id)
+
+    def _publish_state(self, component: Component) -> None:
+        state = STATES.index(component.state)
+        lib.sy_gw_heartbeat(self.gw, component.id, component.pid, state, component.restarts)
+
+    def _sender(self, route: bytes, header: dict[str, Any]) -> Component:
+        """The component that a request is from. :raises BusError: unknown, or not the process that said HELLO."""
+        name = codec.field(header, "name", str)
+        component = self.components.get(name)
+        if component is None:
+            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}")
+        if component.route != route:
+            raise BusError(f"this process is not {name}: it has not said HELLO, or pid {component.pid} has taken over")
+        return component
+
+    # ---- requests ----
+    def _answer_all(self) -> None:
+        for _ in range(64):
+            try:
+                route, *frames = self.router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            rid: Any = None
+            raw = b""
+            try:
+                if not 1 <= len(frames) <= 2:
+                    raise BusError(f"a request has 1 or 2 frames, not {len(frames)}")
+                header = codec.unpack(frames[0])
+                rid = header.get("rid")
+                kind = codec.field(header, "t", str)
+                handler: Callable[..., Any] | None = getattr(self, "request_" + kind.replace("-", "_"), None)
+                if handler is None:
+                    raise BusError(f"unknown request {kind!r}")
+                if kind == "txn":
+                    answer, raw = handler(route, header, frames[1] if len(frames) == 2 else b"")
+                else:
+                    answer = handler(route, header)
+                answer = {"ok": True} | answer
+            except BusError as error:
+                self.counters["bad_requests"] += 1
+                answer = {"ok": False, "error": str(error)}
+            except Exception as error:  # the gateway must outlive whatever a request holds
+                log.exception("a request failed")
+                self.counters["bad_requests"] += 1
+                answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            head = codec.pack(answer if rid is None else answer | {"rid": rid})
+            self.router.send_multipart([route, head, raw] if raw else [route, head])
+
+    def _seqs(self) -> dict[str, int]:
+        return {topic.decode(): seq for topic, seq in zip(TOPICS, self._seq, strict=True)}
+
+    def request_hello(self, route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """A component presents itself; a second process of the same name takes over from the first."""
+        name = codec.field(header, "name", str)
+        component = self.components.get(name)
+        if component is None:
+            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}")
+        abi = codec.field(header, "abi", int)
+        if abi != lib.SY_ABI_VERSION:
+            raise BusError(f"ABI {abi} asked, gateway speaks {lib.SY_ABI_VERSION}: build both from one tree")
+        implementation, pid = codec.field(header, "implementation", str), codec.field(header, "pid", int)
+        if not 0 < pid < 1 << 32:
+            raise BusError(f"{pid} is not a process id")
+        self._keep_words(component, header.get("words") or {})
+        now = time.monotonic()
+        if component.since:
+            component.restarts += 1
+        component.route, component.pid, component.implementation = route, pid, implementation
+        component.since = component.heartbeat = now
+        component.dump = {}
+        self._relay()  # what is already true when the answer is sent has a number below the answer's
+        answer = {"id": component.id, "seqs": self._seqs()}
+        self._enter(component, "online")
+        log.info("%s is online: %s, pid %d", name, implementation, pid)
+        return answer
+
+    def _keep_words(self, component: Component, words: Any) -> None:
+        """Tunables that a component owns: buddy's ``reserve`` (blocks per order 0..10) and ``low`` (per order 0..9)."""
+        lengths = {"reserve": MAX_ORDER + 1, "low": lib.SY_HUGE_ORDER + 1} if component.name == "buddy" else {}
+        if not isinstance(words, dict):
+            raise BusError("'words' must be a map")
+        for word, values in words.items():
+            if word not in lengths:
+                raise BusError(f"{component.name} has no tunable {word!r}")
+            if not isinstance(values, list) or len(values) != lengths[word]:
+                raise BusError(f"{word!r} must be a list of {lengths[word]} numbers")
+            if not all(isinstance(value, int) and 0 <= value < 1 << 32 for value in values):
+                raise BusError(f"{word!r} must hold numbers of 32 bits")
+        if "reserve" in words:
+            lib.sy_gw_reserve_targets(self.gw, words["reserve"])
+        for order, low in enumerate(words.get("low", [])):
+            if lib.sy_gw_set_low(self.gw, 0, order, low) < 0:
+                raise BusError(f"a low mark of {low} blocks of order {order} is not possible")
+
+    def request_sync(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """An empty batch on every topic, in their order: who receives it is subscribed."""
+        self._publish_empty()
+        return {"seqs": self._seqs()}
+
+    def request_txn(self, route: bytes, header: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
+        """Carries out operations; the answer's second frame is the same operations with their results."""
+        component = self._sender(route, header)
+        ops = codec.decode_ops(raw)
+        ops["result"] = lib.SY_R_PENDING
+        complete = lib.sy_gw_commit(self.gw, component.id, ffi.from_buffer("struct sy_op[]", ops), len(ops))
+        return {"complete": complete}, ops.tobytes()
+
+    def request_heartbeat(self, route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """A component lives; ``dump`` is its state for people. Answers with the sequence numbers reached."""
+        component = self._sender(route, header)
+        component.heartbeat = time.monotonic()
+        if "dump" in header:
+            component.dump = codec.field(header, "dump", dict)
+        if component.state != "online":  # it was stopped, or starved
+            log.info("%s is back", component.name)
+            self._enter(component, "online")
+        self._publish_state(component)
+        return {"seqs": self._seqs()}
+
+    def request_goodbye(self, route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """An orderly end: nobody need wait for heartbeats to stop."""
+        component = self._sender(route, header)
+        component.route = b""
+        self._enter(component, "down")
+        log.info("%s has stopped", component.name)
+        return {}
+
+    def request_status(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """Everything that ``sylvie status`` shows."""
+        now = time.monotonic()
+        levels = np.zeros(MAX_ORDER + 1, np.uint32)
+        lib.sy_gw_reserve_levels(self.gw, ffi.from_buffer("uint32_t[]", levels))
+        header = self.tables.header
+        counters = {name.lower(): int(header.counters[value]) for value, name in names("SY_CNT_").items()}
+        return {
+            "run_dir": str(self.run_dir),
+            "abi": lib.SY_ABI_VERSION,
+            "pid": os.getpid(),
+            "uptime_s": round(now - self.started, 1),
+            "components": [component.report(now) for component in self.components.values()],
+            "frames": frames_by_state(self.tables.frames),
+            "populated": header.populated,
+            "nodes": [{"base": base, "frames": size} for base, size in self.tables.nodes],
+            "address_spaces": self._address_spaces(),
+            "reserve": _by_order(levels),
+            "counters": counters | self.counters | {"events_lost": header.events_lost, "event_seq": header.event_seq},
+        }
+
+    def _address_spaces(self) -> list[dict[str, Any]]:
+        info = np.zeros(MAX_AS, dtype_of("struct sy_as_info"))
+        count = lib.sy_gw_as_list(self.gw, ffi.from_buffer("struct sy_as_info[]", info), len(info))
+        spaces = []
+        for row in info[:count]:
+            plain = {name: int(row[name]) for name in info.dtype.names or () if name not in ("mag_level", "pad")}
+            command, native_kib = _process(plain["pid"])
+            spaces.append(plain | {
+                "command": command, "native_kib": native_kib, "magazine": _by_order(row["mag_level"]),
+            })  # fmt: skip
+        return spaces
+
+    def request_check(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """The invariants: number of ``violations``, and one line for each in ``text``."""
+        text = ffi.new("char[]", 1 << 16)
+        violations = lib.sy_gw_check(self.gw, text, len(text))
+        return {"violations": violations, "text": ffi.string(text).decode(errors="replace")}
+
+    def request_buddyinfo(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """Free blocks by node and order from the frame table: ``nodes``, and ``text`` in the form of
+        /proc/buddyinfo."""
+        counts = free_blocks(self.tables.frames, self.tables.nodes)
+        return {"nodes": counts, "text": buddyinfo(counts)}
+
+    def request_fault_order(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """Sets the order of first touches: ``asid`` (0: new address spaces), ``order``, ``max_order``."""
+        asid, order, largest = (_u32(header, name) for name in ("asid", "order", "max_order"))
+        if (status := lib.sy_gw_set_fault_order(self.gw, asid, order, largest)) < 0:
+            raise BusError(f"fault order {order} up to {largest} for address space {asid}: {os.strerror(-status)}")
+        return {}
+
+    def request_low(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """Sets a magazine's low mark: ``asid`` (0: new address spaces), ``order``, ``low`` in blocks."""
+        asid, order, low = (_u32(header, name) for name in ("asid", "order", "low"))
+        if (status := lib.sy_gw_set_low(self.gw, asid, order, low)) < 0:
+            raise BusError(f"low mark {low} of order {order} for address space {asid}: {os.strerror(-status)}")
+        return {}
+
+    def request_post_test(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """Posts ``n`` TEST events through the C half's ring, each with the monotonic nanosecond of its posting in
+        ``arg``, and its number in ``vpage``: for measuring the bus."""
+        count = _u32(header, "n")
+        if count > MAX_TEST:
+            raise BusError(f"{count} test events: at most {MAX_TEST} at once")
+        event = ffi.new("struct sy_msg *", {"type": MESSAGES["TEST"]})
+        for number in range(count):
+            event.vpage, event.arg = number, time.monotonic_ns()
+            lib.sy_gw_post(self.gw, event)
+        return {"n": count}
+
+
+def _u32(header: dict[str, Any], name: str) -> int:
+    value = codec.field(header, name, int)
+    if not 0 <= value < 1 << 32:
+        raise BusError(f"{name!r} must be a number of 32 bits, not {value}")
+    return value
+
+
+def _by_order(values: NDArray[np.uint32]) -> dict[str, int]:
+    return {str(order): int(value) for order, value in enumerate(values)}
+
+
+def _process(pid: int) -> tuple[str, int]:
+    """Command name, and anonymous resident memory in KiB, of a process; the latter is all native: frames are a file to
+    the kernel. ("", 0) if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return "", 0
+    values = dict(line.partition(":")[::2] for line in status.splitlines())
+    return values.get("Name", "").strip(), int(values.get("RssAnon", "0 kB").split()[0])
+
+
+def _host() -> Any:
+    """kernel.host, which changes what of the machine's settings the gateway needs and puts them back."""
+    try:
+        return importlib.import_module("kernel.host")
+    except ModuleNotFoundError as error:
+        if error.name != "kernel.host":
+            raise
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a gateway until SIGTERM. Exit status 0, or 1 with the reason in the log."""
+    parser = argparse.ArgumentParser(prog="python -m kernel.gateway")
+    parser.add_argument("--run-dir", type=Path, default=os.environ.get("SYLVIE_RUN_DIR", "/run/sylvie"))
+    run_dir: Path = parser.parse_args(argv).run_dir
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    ready = run_dir / "gateway.ready"
+    ready.unlink(missing_ok=True)
+    host = _host()
+    gateway: Gateway | None = None
+    with contextlib.ExitStack() as undo:
+        try:
+            config = json.loads((run_dir / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise BusError("config.json is not an object")
+            if host is not None:
+                host.acquire(run_dir)
+                undo.callback(host.release, run_dir)
+            gateway = Gateway(run_dir, config)
+            undo.callback(gateway.close)
+            undo.callback(ready.unlink, missing_ok=True)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: gateway.stop() if gateway else None)
+            gateway.start()
+        except (BusError, OSError, ValueError) as error:
+            log.error("gateway cannot start in %s: %s", run_dir, error)
+            return 1
+        header = gateway.tables.header
+        ready.touch()
+        log.info(
+            "gateway ready: %d MiB on %d nodes in %s, pid %d", header.frames >> 8, header.nodes, run_dir, os.getpid()
+        )
+        gateway.serve()
+        log.info("gateway stops after %d events", gateway.counters["published"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

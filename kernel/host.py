@@ -1,0 +1,161 @@
+"""Settings of the host that an enclave needs changed: recorded, counted, put back.
+
+``acquire`` and ``release`` are called by each gateway; the first one changes what must change, the last one puts it back,
+unless a program still runs whose address space holds frame mappings: with ``vm.max_map_count`` lowered under it, it would
+get ENOMEM everywhere. Then the record stays, and the next ``release`` or ``restore_if_idle`` (``sylvie down``, ``sylvie
+doctor --fix``) finishes the job. A holder that died without releasing is recognised by pid and start time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernel.abi import lib
+
+__all__ = ["Host", "Setting", "acquire", "release", "restore_if_idle"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One file under /proc/sys or /sys. ``wanted`` maps what is there to what we need (the same: nothing to change)."""
+
+    path: str
+    wanted: Callable[[str], str]
+
+
+def _at_least(n: int) -> Callable[[str], str]:
+    return lambda now: now if int(now) >= n else str(n)
+
+
+def _shmem(now: str) -> str:
+    return now if now in ("always", "within_size", "advise", "force") else "advise"
+
+
+SETTINGS = (
+    # Each block that a program has mapped is a mapping of its own.
+    Setting("/proc/sys/vm/max_map_count", _at_least(2_000_000)),
+    # RAM files get 2 MiB folios where the gateway asks for them by MADV_HUGEPAGE.
+    Setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled", _shmem),
+)
+
+
+@dataclass
+class Host:
+    """The settings and their record. ``root`` is another place than / for tests.
+
+    :raises OSError: a setting cannot be read or written; nothing is recorded then
+    """
+
+    root: Path = Path("/")
+    record: Path = Path("/run/sylvie-host.json")
+    settings: tuple[Setting, ...] = field(default=SETTINGS)
+
+    def _read(self, path: str) -> str | None:
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.root / path.lstrip("/")).read_text().strip()
+            chosen = re.search(r"\[(\w+)\]", text)  # sysfs marks the choice among several
+            return chosen[1] if chosen else text
+        return None
+
+    def _write(self, path: str, value: str) -> None:
+        (self.root / path.lstrip("/")).write_text(value)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[dict[str, Any]]:
+        """The record under a lock; written back atomically, removed when empty."""
+        with open(self.record.with_suffix(".lock"), "a") as lock:
+            os.chmod(lock.fileno(), 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state: dict[str, Any] = {"original": {}, "holders": {}}
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                state = json.loads(self.record.read_text())
+            state["holders"] = {k: h for k, h in state["holders"].items() if self._alive(h)}
+            yield state
+            if state["original"] or state["holders"]:
+                fresh = self.record.with_suffix(".new")
+                fresh.write_text(json.dumps(state))
+                fresh.chmod(0o600)
+                fresh.rename(self.record)
+            else:
+                self.record.unlink(missing_ok=True)
+
+    def _started(self, pid: int) -> str | None:
+        """Start time of a process in clock ticks since boot; tells a reused pid from the old one."""
+        with contextlib.suppress(OSError, IndexError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return None
+
+    def _alive(self, holder: dict[str, Any]) -> bool:
+        return self._started(int(holder["pid"])) == holder["started"]
+
+    def _released_programs(self) -> bool:
+        """Does any process still have frames mapped?"""
+        low = f"{lib.SY_ARENA_START:x}"[:4]
+        for maps in (self.root / "proc").glob("[0-9]*/maps"):
+            with contextlib.suppress(OSError):
+                if any(line.startswith(low) and "sylvie-ram" in line for line in maps.read_text().splitlines()):
+                    return True
+        return False
+
+    def _restore(self, state: dict[str, Any]) -> bool:
+        if state["holders"] or (state["original"] and self._released_programs()):
+            return False
+        for path, original in state["original"].items():
+            self._write(path, original)
+        state["original"] = {}
+        return True
+
+    def acquire(self, name: str, pid: int | None = None) -> None:
+        """Counts ``name`` (a run directory) in, for as long as process ``pid`` lives, and makes the settings fit."""
+        pid = os.getpid() if pid is None else pid
+        with self._locked() as state:
+            for setting in self.settings:
+                now = self._read(setting.path)
+                if now is None:  # this kernel has no such knob; doctor tells
+                    continue
+                if (wanted := setting.wanted(now)) != now:
+                    state["original"].setdefault(setting.path, now)
+                    self._write(setting.path, wanted)
+            state["holders"][name] = {"pid": pid, "started": self._started(pid)}
+
+    def release(self, name: str) -> bool:
+        """Counts ``name`` out; True when everything is as it was."""
+        with self._locked() as state:
+            state["holders"].pop(name, None)
+            return self._restore(state)
+
+    def restore_if_idle(self) -> bool:
+        """Puts back what crashed holders left; True when nothing of ours remains."""
+        if not self.record.exists():
+            return True
+        with self._locked() as state:
+            return self._restore(state)
+
+    def pending(self) -> dict[str, str]:
+        """Settings that are changed now: path -> original value."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return dict(json.loads(self.record.read_text())["original"])
+        return {}
+
+
+def acquire(run_dir: str | Path) -> None:
+    """For a gateway: counts this process in. See ``Host.acquire``."""
+    Host().acquire(str(run_dir))
+
+
+def release(run_dir: str | Path) -> None:
+    """For a gateway: counts it out. See ``Host.release``."""
+    Host().release(str(run_dir))
+
+
+def restore_if_idle() -> bool:
+    """See ``Host.restore_if_idle``."""
+    return Host().restore_if_idle()

@@ -1,0 +1,199 @@
+"""``sylvie``: every command, its options and its help. What a command does is in a module of its own, imported when called:
+``sylvie run`` stands at the start of every program and must be quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT_RUN_DIR = "/run/sylvie"
+
+
+class Problem(click.ClickException):
+    """What went wrong and what to do next; exit status 1, or another."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = status
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"sylvie: {self.message}", err=True, file=file)
+
+
+def run_dir_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``--run-dir``, also after the command's name."""
+    return click.option("--run-dir", default=None, metavar="DIR", help="Run directory of the enclave.")(f)
+
+
+def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(f)
+
+
+def chosen(ctx: click.Context, run_dir: str | None) -> Path:
+    """The run directory: the option after the command, the one before it, SYLVIE_RUN_DIR, the default."""
+    return Path(run_dir or (ctx.obj or {}).get("run_dir") or os.environ.get("SYLVIE_RUN_DIR") or DEFAULT_RUN_DIR).absolute()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--run-dir", default=None, metavar="DIR", help="Run directory (default: SYLVIE_RUN_DIR, or /run/sylvie).")
+@click.version_option(package_name="sylvie")
+@click.pass_context
+def cli(ctx: click.Context, run_dir: str | None) -> None:
+    """The memory manager of Linux as restartable Python processes.
+
+    \b
+    Example:
+      sylvie up --ram 1G
+      sylvie run -- python3 -c 'print(len(bytearray(100 << 20)))'
+      sylvie status
+      sylvie down
+    """
+    ctx.obj = {"run_dir": run_dir}
+
+
+@cli.command()
+@click.option("--ram", default="1G", show_default=True, help="RAM of the enclave: a number with K, M or G.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1, 8), help="NUMA nodes to divide it into.")
+@click.option("--implementation", "-i", multiple=True, metavar="COMPONENT=NAME", help="Another implementation of a component.")
+@run_dir_option
+@click.pass_context
+def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], run_dir: str | None) -> None:
+    """Bring an enclave up: supervisord, gateway, components. Needs root.
+
+    \b
+    Example: sylvie up --ram 4G --nodes 2
+    """
+    from sylvie import life
+
+    life.up(chosen(ctx, run_dir), life.parse_size(ram), nodes, life.parse_implementations(implementation))
+
+
+@cli.command()
+@run_dir_option
+@click.pass_context
+def down(ctx: click.Context, run_dir: str | None) -> None:
+    """Take the enclave down. Programs that still run go on natively.
+
+    \b
+    Example: sylvie down
+    """
+    from sylvie import life
+
+    life.down(chosen(ctx, run_dir))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@run_dir_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def run(ctx: click.Context, run_dir: str | None, command: tuple[str, ...]) -> None:
+    """Run a program on the enclave's memory: same input, output, status, signals, directory and environment.
+
+    \b
+    Example: sylvie run -- redis-server --port 7000
+    """
+    from sylvie import launch
+
+    launch.run(chosen(ctx, run_dir), list(command))
+
+
+@cli.command()
+@json_option
+@run_dir_option
+@click.pass_context
+def status(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
+    """Components, programs, frames and magazines.
+
+    \b
+    Example: sylvie status --json
+    """
+    from sylvie import show
+
+    show.status(chosen(ctx, run_dir), as_json)
+
+
+@cli.command()
+@json_option
+@run_dir_option
+@click.pass_context
+def buddyinfo(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
+    """Free blocks by node and order, in the form of /proc/buddyinfo.
+
+    \b
+    Example: sylvie buddyinfo
+    """
+    from sylvie import show
+
+    show.buddyinfo(chosen(ctx, run_dir), as_json)
+
+
+@cli.command()
+@json_option
+@run_dir_option
+@click.pass_context
+def check(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
+    """Verify the invariants; exit status 1 names what is broken.
+
+    \b
+    Example: sylvie check && echo sound
+    """
+    from sylvie import show
+
+    show.check(chosen(ctx, run_dir), as_json)
+
+
+@cli.command()
+@click.argument("topic", required=False)
+@click.option("--count", type=click.IntRange(1), help="Stop after so many events.")
+@json_option
+@run_dir_option
+@click.pass_context
+def events(ctx: click.Context, topic: str | None, count: int | None, as_json: bool, run_dir: str | None) -> None:
+    """Follow the bus. Topics are in docs/events.md; without one: all.
+
+    \b
+    Example: sylvie events mm --count 20
+    """
+    from sylvie import show
+
+    show.events(chosen(ctx, run_dir), topic, count, as_json)
+
+
+@cli.command()
+@click.argument("component")
+@click.argument("implementation")
+@run_dir_option
+@click.pass_context
+def swap(ctx: click.Context, component: str, implementation: str, run_dir: str | None) -> None:
+    """Replace a component's implementation, under whatever runs.
+
+    \b
+    Example: sylvie swap buddy next_fit
+    """
+    from sylvie import life
+
+    life.swap(chosen(ctx, run_dir), component, implementation)
+
+
+@cli.command()
+@click.option("--fix", is_flag=True, help="Put back settings that a crashed run left.")
+@json_option
+def doctor(fix: bool, as_json: bool) -> None:
+    """What this machine offers, what is missing, and how to get it.
+
+    \b
+    Example: sylvie doctor
+    """
+    from sylvie import doctor as d
+
+    d.doctor(as_json, fix)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(cli())

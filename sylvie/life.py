@@ -1,0 +1,248 @@
+"""Bringing an enclave up and down, and swapping components."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sylvie.cli import DEFAULT_RUN_DIR, Problem
+from sylvie.supervisor import rpc
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPONENTS = ROOT / "components"
+PATIENCE = 60.0  # seconds for processes to become ready or to end
+OURS = ("config.json", "supervisord.conf", "supervisor.sock", "supervisord.pid", "supervisord.log", "gateway.sock", "gateway.ready",
+        "events.ipc", "txn.ipc")  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512M", "4G", "65536". :raises Problem: anything else, or less than 16 MiB"""
+    m = re.fullmatch(r"(\d+)([KMGkmg]?)(i?[Bb])?", text.strip())
+    size = int(m[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[m[2].lower()] if m else 0
+    if size < 16 << 20:
+        raise Problem(f"--ram {text}: give a size of at least 16M, such as 512M or 4G")
+    return size
+
+
+def implementations(component: str) -> list[str]:
+    """Names of the policies of a component: the modules of its folder that define ``Policy``."""
+    files = sorted((COMPONENTS / component).glob("*.py"))
+    return [f.stem for f in files if not f.stem.startswith("_") and re.search(r"^class Policy\b", f.read_text(), re.M)]
+
+
+def components() -> list[str]:
+    """Components that this tree has."""
+    return sorted(d.parent.name for d in COMPONENTS.glob("*/__main__.py"))
+
+
+def known(component: str, implementation: str) -> None:
+    """:raises Problem: there is no such component or implementation; says which there are"""
+    if component not in components():
+        raise Problem(f"there is no component {component}: choose from {', '.join(components())}")
+    if implementation not in implementations(component):
+        raise Problem(f"{component} has no implementation {implementation}: choose from {', '.join(implementations(component))}")
+
+
+def parse_implementations(pairs: tuple[str, ...]) -> dict[str, str]:
+    """{"buddy": "next_fit"} of ("buddy=next_fit",). :raises Problem: malformed or unknown"""
+    out = {}
+    for pair in pairs:
+        component, eq, name = pair.partition("=")
+        if not eq:
+            raise Problem(f"{pair}: write COMPONENT=NAME, such as buddy=next_fit")
+        known(component, name)
+        out[component] = name
+    return out
+
+
+def control(run_dir: Path, request: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
+    """One request to the gateway. :raises Problem: it is not there, or says no"""
+    from bus.client import Control
+    from bus.codec import BusError
+
+    if not (run_dir / "txn.ipc").exists():
+        raise Problem(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`")
+    try:
+        with Control(run_dir, timeout) as c:
+            return c.request(request)
+    except BusError as e:
+        raise Problem(f"the gateway in {run_dir}: {e}") from None
+
+
+def supervisor_pid(run_dir: Path) -> int | None:
+    """Pid of the supervisord of that run directory, if it lives."""
+    try:
+        pid = int((run_dir / "supervisord.pid").read_text())
+        return pid if "supervisord" in " ".join(psutil.Process(pid).cmdline()) else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """config.json, in one step."""
+    fresh = run_dir / "config.new"
+    fresh.write_text(json.dumps(config, indent=1))
+    fresh.chmod(0o644)
+    fresh.rename(run_dir / "config.json")
+
+
+def supervisor_conf(run_dir: Path) -> Path:
+    """The repository's supervisord.conf for the default run directory; a copy made from it for another."""
+    here = ROOT / "supervisord.conf"
+    if str(run_dir) == DEFAULT_RUN_DIR:
+        return here
+    conf = run_dir / "supervisord.conf"
+    conf.write_text(here.read_text().replace(DEFAULT_RUN_DIR, str(run_dir)).replace("%(here)s", str(ROOT)))
+    return conf
+
+
+def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
+    """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind."""
+    began = time.monotonic()
+    if os.geteuid() != 0:
+        raise Problem("`sylvie up` needs root: it holds descriptors and settings that only root may have. Try it with sudo.")
+    if supervisor_pid(run_dir):
+        raise Problem(f"an enclave is up in {run_dir} already: `sylvie --run-dir {run_dir} status`, or `down` first")
+    available = psutil.virtual_memory().available
+    if ram + ram // 64 > available:
+        raise Problem(f"--ram {ram >> 20}M: the machine has {available >> 20}M available")
+    from sylvie.doctor import essentials
+
+    if missing := essentials():
+        raise Problem("this machine lacks what Sylvie needs: " + "; ".join(missing) + ". `sylvie doctor` tells more")
+    if closed := [str(d) for d in run_dir.parents if d.exists() and not d.stat().st_mode & 0o001]:
+        raise Problem(f"components run under uids of their own and could not reach {run_dir}: chmod o+x {closed[0]}, or another --run-dir")
+    existed = run_dir.exists()
+    clean(run_dir, existed=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.chmod(0o755)
+    wanted = {name: name for name in components()} | chosen
+    try:
+        write_config(run_dir, {"ram": ram, "nodes": nodes, "components": wanted})
+        supervisord = Path(sys.executable).with_name("supervisord")
+        done = subprocess.run([supervisord, "-c", supervisor_conf(run_dir)], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        if done.returncode:
+            raise Problem(f"supervisord does not start: {done.stderr.strip() or done.stdout.strip()}")
+        wait_ready(run_dir, wanted)
+    except BaseException as e:
+        reason = log_tail(run_dir)
+        stop(run_dir)
+        clean(run_dir, existed)
+        if isinstance(e, Problem):
+            raise Problem(f"{e.message}{reason}") from None
+        raise
+    print(f"up in {time.monotonic() - began:.1f} s: {ram >> 20} MiB on {nodes} node(s), {', '.join(f'{c} ({i})' for c, i in wanted.items())}; run directory {run_dir}")
+
+
+def wait_ready(run_dir: Path, wanted: dict[str, str]) -> None:
+    """:raises Problem: not all are online in time, or the gateway has given up"""
+    deadline = time.monotonic() + PATIENCE
+    waiting = "the gateway"
+    while time.monotonic() < deadline:
+        if (run_dir / "gateway.ready").exists():
+            answer = control(run_dir, {"t": "status"})
+            waiting = ", ".join(c["name"] for c in answer["components"] if c["state"] != "online")
+            if not waiting:
+                return
+        elif (run_dir / "gateway.log").exists() and "cannot start" in (run_dir / "gateway.log").read_text():
+            raise Problem("the gateway cannot start")
+        time.sleep(0.02)
+    raise Problem(f"not ready after {PATIENCE:.0f} s: {waiting}")
+
+
+def log_tail(run_dir: Path) -> str:
+    """Last lines of the logs, for an error message."""
+    lines = [f"\n  {log.name}: {line}" for log in sorted(run_dir.glob("*.log")) for line in log.read_text(errors="replace").splitlines()[-3:]]
+    return "".join(lines)
+
+
+def stop(run_dir: Path) -> None:
+    """Ends supervisord and all it started; by signal what does not listen."""
+    pid = supervisor_pid(run_dir)
+    if pid is None:
+        return
+    main = psutil.Process(pid)
+    family = [*main.children(recursive=True), main]
+    try:
+        rpc(run_dir).shutdown()
+    except (OSError, xmlrpc.client.Error):
+        main.terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def clean(run_dir: Path, existed: bool) -> None:
+    """Removes our files; the directory too, unless somebody else made it or has put something into it."""
+    for name in OURS:
+        (run_dir / name).unlink(missing_ok=True)
+    for log in [*run_dir.glob("*.log"), *run_dir.glob("*.log.[0-9]")]:
+        log.unlink(missing_ok=True)
+    if not existed and run_dir.exists() and not any(run_dir.iterdir()):
+        run_dir.rmdir()
+
+
+def programs(run_dir: Path) -> list[str]:
+    """Programs that the enclave holds frames of, as "name (pid)"."""
+    try:
+        return [f"{a['command']} ({a['pid']})" for a in control(run_dir, {"t": "status"}, 5)["address_spaces"]]
+    except Problem:
+        return []
+
+
+def down(run_dir: Path) -> None:
+    """Ends all processes, removes the run directory, puts settings back."""
+    if supervisor_pid(run_dir) is None and not (run_dir / "config.json").exists():
+        raise Problem(f"no enclave is up in {run_dir}")
+    still = programs(run_dir)
+    stop(run_dir)
+    clean(run_dir, existed=False)
+    from kernel import host
+
+    if not host.restore_if_idle():
+        print("settings of the host stay until the last program and enclave have ended; then: sylvie doctor --fix")
+    if still:
+        print(f"still running, natively from now on: {', '.join(still[:10])}")
+    print(f"down: {run_dir}")
+
+
+def swap(run_dir: Path, component: str, implementation: str) -> None:
+    """Configures another implementation, restarts that one process, waits until it is online."""
+    known(component, implementation)
+    if supervisor_pid(run_dir) is None:
+        raise Problem(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`")
+    config = json.loads((run_dir / "config.json").read_text())
+    before = config["components"].get(component)
+    write_config(run_dir, config | {"components": config["components"] | {component: implementation}})
+    began = time.monotonic()
+    restart(run_dir, component)
+    while time.monotonic() < began + PATIENCE:
+        for c in control(run_dir, {"t": "status"})["components"]:
+            if c["name"] == component and c["state"] == "online" and c["implementation"] == implementation and c["uptime_s"] <= time.monotonic() - began + 0.1:
+                print(f"{component}: {before} → {implementation} in {time.monotonic() - began:.1f} s (pid {c['pid']})")
+                return
+        time.sleep(0.02)
+    raise Problem(f"{component} does not come up as {implementation}:{log_tail(run_dir)}\nBack with: sylvie swap {component} {before}")
+
+
+def restart(run_dir: Path, component: str) -> None:
+    """As ``supervisorctl restart``."""
+    s = rpc(run_dir)
+    try:
+        s.stopProcess(component, True)
+    except xmlrpc.client.Fault as e:
+        if "NOT_RUNNING" not in e.faultString:
+            raise Problem(f"supervisord: {e.faultString}") from None
+    s.startProcess(component, True)
+
+

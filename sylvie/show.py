@@ -1,0 +1,91 @@
+"""What an enclave looks like: status, buddyinfo, check, events."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sylvie.cli import Problem
+from sylvie.life import control
+
+
+def size(pages: int) -> str:
+    """Pages of 4 KiB as text."""
+    kib = pages * 4
+    return f"{kib >> 20} GiB" if kib >= 10 << 20 else f"{kib >> 10} MiB" if kib >= 10 << 10 else f"{kib} KiB"
+
+
+def status(run_dir: Path, as_json: bool) -> None:
+    """Components, frames, address spaces with their managed and native shares, magazines."""
+    s = control(run_dir, {"t": "status"})
+    if as_json:
+        print(json.dumps(s, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    out.print(f"[bold]Sylvie[/] in {s['run_dir']}, gateway pid {s['pid']}, up {s['uptime_s']:.0f} s, ABI {s['abi']}")
+    t = Table("component", "implementation", "state", "pid", "up s", "restarts", "heartbeat s ago", box=None, header_style="bold")
+    for c in s["components"]:
+        t.add_row(c["name"], c["implementation"], c["state"], *(str(c[k]) for k in ("pid", "uptime_s", "restarts", "heartbeat_age_s")))
+    out.print(t)
+    frames = {k: v for k, v in s["frames"].items() if v and k != "total"}
+    out.print(f"[bold]frames[/] {s['frames']['total']} ({size(s['frames']['total'])}): " + ", ".join(f"{k} {v}" for k, v in frames.items()))
+    out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
+    t = Table("asid", "pid", "program", "managed", "native", "faults", "urgent", "magazine (order:blocks)", box=None, header_style="bold")
+    for a in s["address_spaces"]:
+        native = a["native_kib"] // 4
+        share = f" {100 * a['mapped'] // max(1, a['mapped'] + native)} %"
+        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), str(a["faults"]), str(a["urgent"]),
+                  " ".join(f"{o}:{n}" for o, n in a["magazine"].items() if n))  # fmt: skip
+    if s["address_spaces"]:
+        out.print(t)
+
+
+def buddyinfo(run_dir: Path, as_json: bool) -> None:
+    """Free blocks per node and order."""
+    answer = control(run_dir, {"t": "buddyinfo"})
+    print(json.dumps(answer["nodes"]) if as_json else answer["text"].rstrip())
+
+
+def check(run_dir: Path, as_json: bool) -> None:
+    """:raises Problem: an invariant does not hold; names what is broken"""
+    answer = control(run_dir, {"t": "check"}, timeout=120)
+    lines = answer["text"].splitlines()
+    if as_json:
+        print(json.dumps({"violations": answer["violations"], "text": lines}))
+        sys.exit(1 if answer["violations"] else 0)
+    if answer["violations"]:
+        raise Problem(f"{answer['violations']} violations:\n" + "\n".join(f"  {line}" for line in lines))
+    print("every invariant holds")
+
+
+def events(run_dir: Path, topic: str | None, count: int | None, as_json: bool) -> None:
+    """Prints events as they come."""
+    from bus.client import subscribe
+    from bus.topics import MESSAGES, TOPICS
+
+    if topic is not None and topic.encode() not in TOPICS:
+        raise Problem(f"there is no topic {topic}: choose from {', '.join(t.decode() for t in TOPICS)}")
+    control(run_dir, {"t": "status"})  # says so if nothing is up
+    name = {v: k for k, v in MESSAGES.items()}
+    left = count or sys.maxsize
+    expected: dict[bytes, int] = {}
+    try:
+        for where, first, batch in subscribe(run_dir, topic or b""):
+            if (gap := first - expected.get(where, first)) > 0:
+                print(f"{gap} events of {where.decode()} were lost: too slow a reader", file=sys.stderr)
+            expected[where] = first + len(batch)
+            for e in batch[:left]:
+                row: dict[str, Any] = {"time": round(time.time(), 3), "topic": where.decode(), "type": name.get(int(e["type"]), str(e["type"]))}
+                row |= {k: int(e[k]) for k in ("seqnum", "asid", "pfn", "vpage", "npages", "order", "node", "arg")}
+                print(json.dumps(row) if as_json else " ".join(f"{k}={v}" if k not in ("time", "topic", "type") else str(v) for k, v in row.items()), flush=True)
+            left -= len(batch)
+            if left <= 0:
+                return
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.stderr.close()
