@@ -75,7 +75,7 @@ int main(int argc, char **argv) {
   close(sp[0]);
 
   const char *old = getenv("LD_PRELOAD");
-  if (asprintf(&preload, "%s%s%s", argv[2], old && *old ? ":" : "", old ? old : "") < 0) die("memory");
+  if (asprintf(&preload, "%s%s%s", argv[2], old ? ":" : "", old ? old : "") < 0) die("memory");
   snprintf(mark, sizeof mark, "%s", sock_path);
   setenv("LD_PRELOAD", preload, 1);
   setenv("_SYLVIE", mark, 1);

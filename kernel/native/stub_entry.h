@@ -186,7 +186,7 @@ static long exec_managed(long nr, struct regs *r) {
     if (starts(env[i], "_SYLVIE=")) continue;
     if (starts(env[i], "LD_PRELOAD=")) {
       if (len(env[i]) > 1000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
-      if (env[i][11] && !starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
+      if (!starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
       continue;
     }
     out[k++] = env[i];

@@ -1,0 +1,151 @@
+"""An enclave for tests: brought up as a user would, in a run directory of its own, checked and taken down afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SYLVIE = Path(sys.executable).with_name("sylvie")
+PROGRAMS = Path(__file__).resolve().parent / "programs"
+
+
+class Enclave:
+    """``sylvie`` on one run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def cli(self, *args: str, ok: bool = True, timeout: float = 120, **kw: Any) -> subprocess.CompletedProcess[str]:
+        """Any command of sylvie; must succeed unless ok=False."""
+        done = subprocess.run([SYLVIE, "--run-dir", self.run_dir, *args], capture_output=True, text=True, timeout=timeout, **kw)
+        assert not ok or done.returncode == 0, f"sylvie {' '.join(args)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def command(self, cmd: list[Any]) -> list[str]:
+        """The command line that runs cmd managed."""
+        return [str(SYLVIE), "--run-dir", str(self.run_dir), "run", "--", *map(str, cmd)]
+
+    def run(self, cmd: list[Any], timeout: float = 120, **kw: Any) -> subprocess.CompletedProcess[str]:
+        """Runs cmd managed, to its end."""
+        return subprocess.run(self.command(cmd), capture_output=True, text=True, timeout=timeout, **kw)
+
+    def popen(self, cmd: list[Any], **kw: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command(cmd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.cli("status", "--json").stdout))
+
+    def component(self, name: str = "buddy") -> dict[str, Any]:
+        return dict(next(c for c in self.status()["components"] if c["name"] == name))
+
+    def gateway_pid(self) -> int:
+        return int(self.status()["pid"])
+
+    def check(self) -> None:
+        self.cli("check")
+
+    def idle(self, timeout: float = 10) -> dict[str, Any]:
+        """Waits until no address space is left, then returns the status."""
+        return wait_for(lambda: (s := self.status())["address_spaces"] == [] and s, timeout, "address spaces are left")
+
+    def request(self, **request: Any) -> dict[str, Any]:
+        from bus.client import Control
+
+        with Control(self.run_dir, 10) as control:
+            return control.request(request)
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """Polls until condition() is true and returns its value. AssertionError after timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < deadline, f"after {timeout:g} s: {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def root_dir() -> Iterator[Path]:
+    """A short-named directory that components can reach (socket names are limited to 107 bytes)."""
+    assert os.geteuid() == 0, "the tests bring a real enclave up, which needs root: sudo make test"
+    path = Path(tempfile.mkdtemp(prefix="sy-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def bring_up(run_dir: Path, *args: str) -> Enclave:
+    e = Enclave(run_dir)
+    e.cli("up", *(args or ("--ram", "512M")))
+    return e
+
+
+def take_down(e: Enclave) -> None:
+    if (e.run_dir / "config.json").exists():
+        e.cli("down")
+
+
+@pytest.fixture(scope="session")
+def session_enclave(root_dir: Path) -> Iterator[Enclave]:
+    e = bring_up(root_dir / "s")
+    yield e
+    take_down(e)
+    assert not e.run_dir.exists()
+
+
+@pytest.fixture
+def enclave(session_enclave: Enclave) -> Iterator[Enclave]:
+    """The session's enclave; the invariants are checked after every test that used it."""
+    yield session_enclave
+    session_enclave.idle()
+    session_enclave.check()
+
+
+@pytest.fixture
+def own_enclave(root_dir: Path, request: pytest.FixtureRequest) -> Iterator[Enclave]:
+    """One for a single test that will hurt it."""
+    e = bring_up(root_dir / f"o{os.getpid()}{abs(hash(request.node.name)) % 10000}", "--ram", "256M")
+    yield e
+    take_down(e)
+
+
+@pytest.fixture(scope="session")
+def compiled(root_dir: Path) -> Callable[[str], Path]:
+    """Compiles tests/programs/NAME.c, once."""
+
+    def build(name: str) -> Path:
+        target = root_dir / name
+        if not target.exists():
+            subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl"], check=True, timeout=60)
+        return target
+
+    return build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No process of ours outlives the tests, and the machine's settings are as before."""
+    settings = [Path("/proc/sys/vm/max_map_count"), Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")]
+    before = [s.read_text() for s in settings if s.exists()]
+    yield
+    ours = ("kernel.gateway", "components.", "sylvie-keeper", "supervisord -c", "sylvie-launch")
+
+    def left() -> list[str]:
+        lines = (" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+        return [line for line in lines if any(o in line for o in ours) and "/sy-" in line]
+
+    wait_for(lambda: not left(), 20, f"processes are left: {left()}")
+    wait_for(lambda: [s.read_text() for s in settings if s.exists()] == before, 5, "settings of the machine are not restored")
