@@ -15,11 +15,7 @@ DEFAULT_RUN_DIR = "/run/sylvie"
 
 
 class Problem(click.ClickException):
-    """What went wrong and what to do next; exit status 1, or another."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = status
+    """What went wrong and what to do next; exit status 1."""
 
     def show(self, file: Any = None) -> None:
         click.echo(f"sylvie: {self.message}", err=True, file=file)
@@ -36,7 +32,9 @@ def json_option(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def chosen(ctx: click.Context, run_dir: str | None) -> Path:
     """The run directory: the option after the command, the one before it, SYLVIE_RUN_DIR, the default."""
-    return Path(run_dir or (ctx.obj or {}).get("run_dir") or os.environ.get("SYLVIE_RUN_DIR") or DEFAULT_RUN_DIR).absolute()
+    return Path(
+        run_dir or (ctx.obj or {}).get("run_dir") or os.environ.get("SYLVIE_RUN_DIR") or DEFAULT_RUN_DIR
+    ).absolute()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +57,9 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 @cli.command()
 @click.option("--ram", default="1G", show_default=True, help="RAM of the enclave: a number with K, M or G.")
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(1, 8), help="NUMA nodes to divide it into.")
-@click.option("--implementation", "-i", multiple=True, metavar="COMPONENT=NAME", help="Another implementation of a component.")
+@click.option(
+    "--implementation", "-i", multiple=True, metavar="COMPONENT=NAME", help="Another implementation of a component."
+)
 @run_dir_option
 @click.pass_context
 def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], run_dir: str | None) -> None:

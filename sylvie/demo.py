@@ -21,7 +21,10 @@ out = Console(highlight=False)
 SYLVIE = Path(sys.executable).with_name("sylvie")
 PROGRAM = [sys.executable, str(ROOT / "tests" / "programs" / "work.py")]
 PIPELINE = ["bash", "-c", "seq 200000 | sort -R --random-source=/usr/bin/env | sha256sum; echo $((6 * 7)) | tr 4 5"]
-LONG = [sys.executable, "-c", """
+LONG = [
+    sys.executable,
+    "-c",
+    """
 import hashlib, time
 kept, end, n = {}, time.time() + 10, 0
 while time.time() < end:  # maps, fills, checks and frees memory all the time
@@ -30,7 +33,8 @@ while time.time() < end:  # maps, fills, checks and frees memory all the time
     for k, v in kept.items():
         assert v[0] == v[-1] == (v[len(v) // 2])
 print("rounds done:", n > 100, hashlib.sha256(b"".join(v[:9] for v in kept.values())).digest_size)
-"""]
+""",
+]
 
 
 def sylvie(run_dir: Path, *arguments: str) -> None:
@@ -40,7 +44,9 @@ def sylvie(run_dir: Path, *arguments: str) -> None:
 
 
 def managed(run_dir: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SYLVIE, "--run-dir", run_dir, "run", "--", *command], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [SYLVIE, "--run-dir", run_dir, "run", "--", *command], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def compare(run_dir: Path, what: str, command: list[str]) -> bool:
@@ -51,7 +57,9 @@ def compare(run_dir: Path, what: str, command: list[str]) -> bool:
     here = managed(run_dir, command)
     t2 = time.monotonic()
     same = (native.stdout, native.returncode) == (here.stdout, here.returncode)
-    out.print(f"  {what}: natively {t1 - t0:.2f} s, on Sylvie {t2 - t1:.2f} s, output {'[green]identical[/]' if same else '[red]DIFFERENT[/]'}")
+    out.print(
+        f"  {what}: natively {t1 - t0:.2f} s, on Sylvie {t2 - t1:.2f} s, output {'[green]identical[/]' if same else '[red]DIFFERENT[/]'}"
+    )
     if not same:
         out.print(here.stdout, here.stderr)
     return same
@@ -65,7 +73,9 @@ def buddy_pid(run_dir: Path) -> int:
 def kill_buddy_under(run_dir: Path) -> bool:
     """Starts a program that uses memory all the time, kills buddy twice meanwhile; did the program notice?"""
     out.print("\n[bold]A program at work, and buddy is killed under it[/]")
-    program = subprocess.Popen([SYLVIE, "--run-dir", run_dir, "run", "--", *LONG], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    program = subprocess.Popen(
+        [SYLVIE, "--run-dir", run_dir, "run", "--", *LONG], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for _ in range(2):
         time.sleep(1.5)
         pid = buddy_pid(run_dir)
@@ -74,7 +84,9 @@ def kill_buddy_under(run_dir: Path) -> bool:
         began = time.monotonic()
         while (fresh := buddy_pid(run_dir)) in (0, pid) and time.monotonic() < began + 20:
             time.sleep(0.02)
-        out.print(f"  buddy {pid} killed; back as {fresh}, rebuilt from the frame table, after {time.monotonic() - began:.2f} s")
+        out.print(
+            f"  buddy {pid} killed; back as {fresh}, rebuilt from the frame table, after {time.monotonic() - began:.2f} s"
+        )
     sylvie(run_dir, "status")
     text, _ = program.communicate(timeout=120)
     out.print(f"  the program: exit status {program.returncode}, {text.strip()}")

@@ -17,7 +17,13 @@ from pathlib import Path
 # linux/userfaultfd.h, asm/unistd_64.h, linux/seccomp.h: Python has no names for them.
 NR_USERFAULTFD, NR_SECCOMP = 323, 317
 UFFD_API, UFFDIO_API = 0xAA, 0xC018AA3F
-UFFD_FEATURES = {"missing on shmem": 1 << 5, "minor on shmem": 1 << 10, "write-protect on shmem": 1 << 12, "events of fork": 1 << 1, "thread id": 1 << 8}
+UFFD_FEATURES = {
+    "missing on shmem": 1 << 5,
+    "minor on shmem": 1 << 10,
+    "write-protect on shmem": 1 << 12,
+    "events of fork": 1 << 1,
+    "thread id": 1 << 8,
+}
 SECCOMP_GET_ACTION_AVAIL, SECCOMP_RET_USER_NOTIF = 2, 0x7FC00000
 
 
@@ -63,7 +69,13 @@ def seccomp() -> Finding:
     libc = ctypes.CDLL(None, use_errno=True)
     action = ctypes.c_uint32(SECCOMP_RET_USER_NOTIF)
     ok = libc.syscall(NR_SECCOMP, SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(action)) == 0
-    return Finding("seccomp user notification", ok, "available" if ok else "not available", "" if ok else "a kernel with CONFIG_SECCOMP_FILTER", True)
+    return Finding(
+        "seccomp user notification",
+        ok,
+        "available" if ok else "not available",
+        "" if ok else "a kernel with CONFIG_SECCOMP_FILTER",
+        True,
+    )
 
 
 def findings() -> list[Finding]:
@@ -77,43 +89,92 @@ def findings() -> list[Finding]:
     built = (ROOT / "kernel" / "native" / "libsylvie.so").exists()
     libc = platform.libc_ver()
     out = [
-        Finding("machine", machine == "x86_64", machine, "" if machine == "x86_64" else "Sylvie knows x86-64 only", True),
+        Finding(
+            "machine", machine == "x86_64", machine, "" if machine == "x86_64" else "Sylvie knows x86-64 only", True
+        ),
         Finding("kernel", version >= (6, 1), kernel, "" if version >= (6, 1) else "Linux 6.1 or newer", True),
-        Finding("C library", libc[0] == "glibc", " ".join(libc), "" if libc[0] == "glibc" else "a system with glibc", True),
-        Finding("root", os.geteuid() == 0, f"uid {os.geteuid()}", "" if os.geteuid() == 0 else "run `sylvie up` with sudo", True),
+        Finding(
+            "C library", libc[0] == "glibc", " ".join(libc), "" if libc[0] == "glibc" else "a system with glibc", True
+        ),
+        Finding(
+            "root",
+            os.geteuid() == 0,
+            f"uid {os.geteuid()}",
+            "" if os.geteuid() == 0 else "run `sylvie up` with sudo",
+            True,
+        ),
         userfaultfd(),
         seccomp(),
         Finding("C parts", built, "built" if built else "not built", "" if built else "make setup", True),
     ]
     dev = os.path.exists("/dev/userfaultfd")
-    out.append(Finding("/dev/userfaultfd", dev or None, "there" if dev else "not there", "" if dev else "without it, programs of ordinary users run natively"))
+    out.append(
+        Finding(
+            "/dev/userfaultfd",
+            dev or None,
+            "there" if dev else "not there",
+            "" if dev else "without it, programs of ordinary users run natively",
+        )
+    )
     gcc = shutil.which("gcc")
-    out.append(Finding("gcc", bool(gcc) or None, gcc or "not installed", "" if gcc else "apt-get install gcc (only to rebuild the C parts)"))
+    out.append(
+        Finding(
+            "gcc",
+            bool(gcc) or None,
+            gcc or "not installed",
+            "" if gcc else "apt-get install gcc (only to rebuild the C parts)",
+        )
+    )
     knob = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
     thp = _read(knob)
-    out.append(Finding("huge pages for RAM files", thp is not None, thp or "no knob", "" if thp else "CONFIG_TRANSPARENT_HUGEPAGE: without it, every frame is mapped singly"))
+    out.append(
+        Finding(
+            "huge pages for RAM files",
+            thp is not None,
+            thp or "no knob",
+            "" if thp else "CONFIG_TRANSPARENT_HUGEPAGE: without it, every frame is mapped singly",
+        )
+    )
     maps = _read("/proc/sys/vm/max_map_count")
     out.append(Finding("vm.max_map_count", True, f"{maps} (raised to 2,000,000 while an enclave is up)"))
     memory = psutil.virtual_memory()
     out.append(Finding("memory", True, f"{memory.total >> 20} MiB, {memory.available >> 20} MiB available"))
     out.append(Finding("CPUs", True, str(os.cpu_count())))
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
-    out.append(Finding("NUMA nodes", True, str(max(1, nodes)), "" if nodes > 1 else "sylvie up --nodes 2 divides RAM in two for trying things"))
+    out.append(
+        Finding(
+            "NUMA nodes",
+            True,
+            str(max(1, nodes)),
+            "" if nodes > 1 else "sylvie up --nodes 2 divides RAM in two for trying things",
+        )
+    )
 
     def optional(what: str, path: str, advice: str, test: Callable[[str], bool] = os.path.exists) -> None:
         there = test(path)
         out.append(Finding(what, True if there else None, path if there else "not there", "" if there else advice))
 
-    optional("DAMON", "/sys/kernel/mm/damon/admin", "CONFIG_DAMON_SYSFS: access information then comes from hint faults")
+    optional(
+        "DAMON", "/sys/kernel/mm/damon/admin", "CONFIG_DAMON_SYSFS: access information then comes from hint faults"
+    )
     optional("page_idle", "/sys/kernel/mm/page_idle/bitmap", "CONFIG_IDLE_PAGE_TRACKING")
     optional("pressure (PSI)", "/proc/pressure/memory", "boot with psi=1")
-    optional("tracepoints", "/sys/kernel/tracing/events/sched", "mount -t tracefs tracefs /sys/kernel/tracing (as root)")
+    optional(
+        "tracepoints", "/sys/kernel/tracing/events/sched", "mount -t tracefs tracefs /sys/kernel/tracing (as root)"
+    )
     optional("cgroup memory controller", "/sys/fs/cgroup/memory", "only needed to measure against native limits")
     from kernel.host import Host
 
     pending = Host().pending()
     left = ", ".join(f"{p} (was {v})" for p, v in pending.items())
-    out.append(Finding("settings changed by Sylvie", True, left or "none", "sylvie doctor --fix puts them back if no enclave is up" if left else ""))
+    out.append(
+        Finding(
+            "settings changed by Sylvie",
+            True,
+            left or "none",
+            "sylvie doctor --fix puts them back if no enclave is up" if left else "",
+        )
+    )
     return out
 
 
@@ -132,11 +193,19 @@ def doctor(as_json: bool, fix: bool) -> None:
     found = findings()
     bad = [f for f in found if f.essential and not f.ok]
     if as_json:
-        print(json.dumps({"ok": not bad, "findings": [asdict(f) for f in found]} | ({"fixed": fixed} if fix else {}), indent=1))
+        print(
+            json.dumps(
+                {"ok": not bad, "findings": [asdict(f) for f in found]} | ({"fixed": fixed} if fix else {}), indent=1
+            )
+        )
     else:
         for f in found:
             mark = "ok     " if f.ok else "MISSING" if f.ok is False else "without"
             print(f"{mark} {f.what}: {f.found}" + (f" — {f.advice}" if f.advice else ""))
         if fix:
-            print("settings are as they were" if fixed else "an enclave is up, or a program still runs on frames: settings stay")
+            print(
+                "settings are as they were"
+                if fixed
+                else "an enclave is up, or a program still runs on frames: settings stay"
+            )
     raise SystemExit(1 if bad else 0)

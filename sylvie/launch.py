@@ -70,7 +70,10 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
     if not launcher.exists():
         fail("the C parts are not built: run `make setup`", 125)
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
-    os.execv(launcher, [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command])
+    os.execv(
+        launcher,
+        [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command],
+    )
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -49,7 +49,9 @@ def known(component: str, implementation: str) -> None:
     if component not in components():
         raise Problem(f"there is no component {component}: choose from {', '.join(components())}")
     if implementation not in implementations(component):
-        raise Problem(f"{component} has no implementation {implementation}: choose from {', '.join(implementations(component))}")
+        raise Problem(
+            f"{component} has no implementation {implementation}: choose from {', '.join(implementations(component))}"
+        )
 
 
 def parse_implementations(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -109,7 +111,9 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
     """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind."""
     began = time.monotonic()
     if os.geteuid() != 0:
-        raise Problem("`sylvie up` needs root: it holds descriptors and settings that only root may have. Try it with sudo.")
+        raise Problem(
+            "`sylvie up` needs root: it holds descriptors and settings that only root may have. Try it with sudo."
+        )
     if supervisor_pid(run_dir):
         raise Problem(f"an enclave is up in {run_dir} already: `sylvie --run-dir {run_dir} status`, or `down` first")
     available = psutil.virtual_memory().available
@@ -120,7 +124,9 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
     if missing := essentials():
         raise Problem("this machine lacks what Sylvie needs: " + "; ".join(missing) + ". `sylvie doctor` tells more")
     if closed := [str(d) for d in run_dir.parents if d.exists() and not d.stat().st_mode & 0o001]:
-        raise Problem(f"components run under uids of their own and could not reach {run_dir}: chmod o+x {closed[0]}, or another --run-dir")
+        raise Problem(
+            f"components run under uids of their own and could not reach {run_dir}: chmod o+x {closed[0]}, or another --run-dir"
+        )
     existed = run_dir.exists()
     clean(run_dir, existed=True)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,9 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
     try:
         write_config(run_dir, {"ram": ram, "nodes": nodes, "components": wanted})
         supervisord = Path(sys.executable).with_name("supervisord")
-        done = subprocess.run([supervisord, "-c", supervisor_conf(run_dir)], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            [supervisord, "-c", supervisor_conf(run_dir)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
         if done.returncode:
             raise Problem(f"supervisord does not start: {done.stderr.strip() or done.stdout.strip()}")
         wait_ready(run_dir, wanted)
@@ -140,7 +148,9 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
         if isinstance(e, Problem):
             raise Problem(f"{e.message}{reason}") from None
         raise
-    print(f"up in {time.monotonic() - began:.1f} s: {ram >> 20} MiB on {nodes} node(s), {', '.join(f'{c} ({i})' for c, i in wanted.items())}; run directory {run_dir}")
+    print(
+        f"up in {time.monotonic() - began:.1f} s: {ram >> 20} MiB on {nodes} node(s), {', '.join(f'{c} ({i})' for c, i in wanted.items())}; run directory {run_dir}"
+    )
 
 
 def wait_ready(run_dir: Path, wanted: dict[str, str]) -> None:
@@ -161,7 +171,11 @@ def wait_ready(run_dir: Path, wanted: dict[str, str]) -> None:
 
 def log_tail(run_dir: Path) -> str:
     """Last lines of the logs, for an error message."""
-    lines = [f"\n  {log.name}: {line}" for log in sorted(run_dir.glob("*.log")) for line in log.read_text(errors="replace").splitlines()[-3:]]
+    lines = [
+        f"\n  {log.name}: {line}"
+        for log in sorted(run_dir.glob("*.log"))
+        for line in log.read_text(errors="replace").splitlines()[-3:]
+    ]
     return "".join(lines)
 
 
@@ -228,11 +242,18 @@ def swap(run_dir: Path, component: str, implementation: str) -> None:
     restart(run_dir, component)
     while time.monotonic() < began + PATIENCE:
         for c in control(run_dir, {"t": "status"})["components"]:
-            if c["name"] == component and c["state"] == "online" and c["implementation"] == implementation and c["uptime_s"] <= time.monotonic() - began + 0.1:
+            if (
+                c["name"] == component
+                and c["state"] == "online"
+                and c["implementation"] == implementation
+                and c["uptime_s"] <= time.monotonic() - began + 0.1
+            ):
                 print(f"{component}: {before} → {implementation} in {time.monotonic() - began:.1f} s (pid {c['pid']})")
                 return
         time.sleep(0.02)
-    raise Problem(f"{component} does not come up as {implementation}:{log_tail(run_dir)}\nBack with: sylvie swap {component} {before}")
+    raise Problem(
+        f"{component} does not come up as {implementation}:{log_tail(run_dir)}\nBack with: sylvie swap {component} {before}"
+    )
 
 
 def restart(run_dir: Path, component: str) -> None:
@@ -244,5 +265,3 @@ def restart(run_dir: Path, component: str) -> None:
         if "NOT_RUNNING" not in e.faultString:
             raise Problem(f"supervisord: {e.faultString}") from None
     s.startProcess(component, True)
-
-

@@ -29,14 +29,43 @@ def status(run_dir: Path, as_json: bool) -> None:
 
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(f"[bold]Sylvie[/] in {s['run_dir']}, gateway pid {s['pid']}, up {s['uptime_s']:.0f} s, ABI {s['abi']}")
-    t = Table("component", "implementation", "state", "pid", "up s", "restarts", "heartbeat s ago", box=None, header_style="bold")
+    t = Table(
+        "component",
+        "implementation",
+        "state",
+        "pid",
+        "up s",
+        "restarts",
+        "heartbeat s ago",
+        box=None,
+        header_style="bold",
+    )
     for c in s["components"]:
-        t.add_row(c["name"], c["implementation"], c["state"], *(str(c[k]) for k in ("pid", "uptime_s", "restarts", "heartbeat_age_s")))
+        t.add_row(
+            c["name"],
+            c["implementation"],
+            c["state"],
+            *(str(c[k]) for k in ("pid", "uptime_s", "restarts", "heartbeat_age_s")),
+        )
     out.print(t)
     frames = {k: v for k, v in s["frames"].items() if v and k != "total"}
-    out.print(f"[bold]frames[/] {s['frames']['total']} ({size(s['frames']['total'])}): " + ", ".join(f"{k} {v}" for k, v in frames.items()))
+    out.print(
+        f"[bold]frames[/] {s['frames']['total']} ({size(s['frames']['total'])}): "
+        + ", ".join(f"{k} {v}" for k, v in frames.items())
+    )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
-    t = Table("asid", "pid", "program", "managed", "native", "faults", "urgent", "magazine (order:blocks)", box=None, header_style="bold")
+    t = Table(
+        "asid",
+        "pid",
+        "program",
+        "managed",
+        "native",
+        "faults",
+        "urgent",
+        "magazine (order:blocks)",
+        box=None,
+        header_style="bold",
+    )
     for a in s["address_spaces"]:
         native = a["native_kib"] // 4
         share = f" {100 * a['mapped'] // max(1, a['mapped'] + native)} %"
@@ -81,9 +110,18 @@ def events(run_dir: Path, topic: str | None, count: int | None, as_json: bool) -
                 print(f"{gap} events of {where.decode()} were lost: too slow a reader", file=sys.stderr)
             expected[where] = first + len(batch)
             for e in batch[:left]:
-                row: dict[str, Any] = {"time": round(time.time(), 3), "topic": where.decode(), "type": name.get(int(e["type"]), str(e["type"]))}
+                row: dict[str, Any] = {
+                    "time": round(time.time(), 3),
+                    "topic": where.decode(),
+                    "type": name.get(int(e["type"]), str(e["type"])),
+                }
                 row |= {k: int(e[k]) for k in ("seqnum", "asid", "pfn", "vpage", "npages", "order", "node", "arg")}
-                print(json.dumps(row) if as_json else " ".join(f"{k}={v}" if k not in ("time", "topic", "type") else str(v) for k, v in row.items()), flush=True)
+                print(
+                    json.dumps(row)
+                    if as_json
+                    else " ".join(f"{k}={v}" if k not in ("time", "topic", "type") else str(v) for k, v in row.items()),
+                    flush=True,
+                )
             left -= len(batch)
             if left <= 0:
                 return

@@ -31,4 +31,6 @@ class _Transport(xmlrpc.client.Transport):
 
 def rpc(run_dir: Path) -> Any:
     """supervisord's ``supervisor`` namespace; its methods raise OSError when it is not there."""
-    return xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(str(run_dir / "supervisor.sock"))).supervisor
+    return xmlrpc.client.ServerProxy(
+        "http://localhost", transport=_Transport(str(run_dir / "supervisor.sock"))
+    ).supervisor

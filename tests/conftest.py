@@ -29,8 +29,12 @@ class Enclave:
 
     def cli(self, *args: str, ok: bool = True, timeout: float = 120, **kw: Any) -> subprocess.CompletedProcess[str]:
         """Any command of sylvie; must succeed unless ok=False."""
-        done = subprocess.run([SYLVIE, "--run-dir", self.run_dir, *args], capture_output=True, text=True, timeout=timeout, **kw)
-        assert not ok or done.returncode == 0, f"sylvie {' '.join(args)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            [SYLVIE, "--run-dir", self.run_dir, *args], capture_output=True, text=True, timeout=timeout, **kw
+        )
+        assert not ok or done.returncode == 0, (
+            f"sylvie {' '.join(args)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def command(self, cmd: list[Any]) -> list[str]:
@@ -129,7 +133,11 @@ def compiled(root_dir: Path) -> Callable[[str], Path]:
     def build(name: str) -> Path:
         target = root_dir / name
         if not target.exists():
-            subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl"], check=True, timeout=60)
+            subprocess.run(
+                ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl"],
+                check=True,
+                timeout=60,
+            )
         return target
 
     return build
@@ -148,4 +156,6 @@ def nothing_left_behind() -> Iterator[None]:
         return [line for line in lines if any(o in line for o in ours) and "/sy-" in line]
 
     wait_for(lambda: not left(), 20, f"processes are left: {left()}")
-    wait_for(lambda: [s.read_text() for s in settings if s.exists()] == before, 5, "settings of the machine are not restored")
+    wait_for(
+        lambda: [s.read_text() for s in settings if s.exists()] == before, 5, "settings of the machine are not restored"
+    )

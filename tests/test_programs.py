@@ -40,7 +40,14 @@ def test_cpython(enclave: Enclave, malloc: str) -> None:
 def test_memory_is_really_managed(enclave: Enclave) -> None:
     """A program's large allocation consists of frames of the enclave, and they all return when it ends."""
     free = enclave.idle()["frames"]["free"]
-    p = enclave.popen([sys.executable, "-c", "b=bytearray(100<<20); b[::4096]=b'x'*len(b[::4096]); print('there', flush=True); input()"], stdin=subprocess.PIPE)
+    p = enclave.popen(
+        [
+            sys.executable,
+            "-c",
+            "b=bytearray(100<<20); b[::4096]=b'x'*len(b[::4096]); print('there', flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+    )
     assert p.stdout and p.stdin
     assert p.stdout.readline() == "there\n"
     s = wait_for(lambda: (s := enclave.status())["frames"]["mapped"] >= 25600 and s, 5, "100 MiB are not mapped")
@@ -62,7 +69,9 @@ def test_memory_is_really_managed(enclave: Enclave) -> None:
 def test_huge_pages(enclave: Enclave) -> None:
     """A sequential toucher gets 2 MiB blocks, mapped by one entry each."""
     code = "b=bytearray(128<<20); b[::4096]=b'x'*len(b[::4096]); print(sum(int(l.split()[1]) for l in open('/proc/self/smaps') if l.startswith('ShmemPmdMapped')))"
-    assert int(enclave.run([sys.executable, "-c", code]).stdout) >= 16 << 10  # the rest came while the magazine was being refilled
+    assert (
+        int(enclave.run([sys.executable, "-c", code]).stdout) >= 16 << 10
+    )  # the rest came while the magazine was being refilled
 
 
 def test_threads_in_c(enclave: Enclave, compiled: Compiled) -> None:
@@ -119,7 +128,14 @@ def test_bash_pipeline(enclave: Enclave) -> None:
 
 
 def test_perl(enclave: Enclave) -> None:
-    same(enclave, ["perl", "-e", "my %h; $h{$_ * 7919 % 100003} = 'v' x ($_ % 100) for 1 .. 200000; print scalar(keys %h), ' ', join(',', (sort keys %h)[0 .. 5]), qq(\\n)"])
+    same(
+        enclave,
+        [
+            "perl",
+            "-e",
+            "my %h; $h{$_ * 7919 % 100003} = 'v' x ($_ % 100) for 1 .. 200000; print scalar(keys %h), ' ', join(',', (sort keys %h)[0 .. 5]), qq(\\n)",
+        ],
+    )
 
 
 def test_sqlite3(enclave: Enclave) -> None:
@@ -164,7 +180,15 @@ def test_redis_with_benchmark_and_bgsave(enclave: Enclave, tmp_path: Path) -> No
 
 def test_environment_arguments_and_status(enclave: Enclave, tmp_path: Path) -> None:
     """Same environment, descriptors, directory, standard streams, exit status and signals as natively."""
-    show = ["bash", "-c", 'env | grep -v ^_= | sort; pwd; ls /proc/self/fd | wc -l; printf "%s|" "$@"; cat; exit 7', "x", "a b", "", "$c"]
+    show = [
+        "bash",
+        "-c",
+        'env | grep -v ^_= | sort; pwd; ls /proc/self/fd | wc -l; printf "%s|" "$@"; cat; exit 7',
+        "x",
+        "a b",
+        "",
+        "$c",
+    ]
     env = os.environ | {"LD_PRELOAD": "", "X": "1"}
     a = native(show, input="in\n", cwd=tmp_path, env=env)
     b = enclave.run(show, input="in\n", cwd=tmp_path, env=env)
@@ -175,15 +199,26 @@ def test_environment_arguments_and_status(enclave: Enclave, tmp_path: Path) -> N
 
 def test_own_preload_survives(enclave: Enclave) -> None:
     """A program's own LD_PRELOAD works, and it sees just that."""
-    lib = next(Path("/lib/x86_64-linux-gnu").glob("libz.so.1"), None) or next(Path("/lib/x86_64-linux-gnu").glob("libm.so.6"))
-    done = enclave.run(["bash", "-c", f"echo $LD_PRELOAD; grep -c {lib.name.split('.')[0]} /proc/self/maps; env -i cat /proc/self/maps | grep -c sylvie-ram"], env=os.environ | {"LD_PRELOAD": str(lib)})
+    lib = next(Path("/lib/x86_64-linux-gnu").glob("libz.so.1"), None) or next(
+        Path("/lib/x86_64-linux-gnu").glob("libm.so.6")
+    )
+    done = enclave.run(
+        [
+            "bash",
+            "-c",
+            f"echo $LD_PRELOAD; grep -c {lib.name.split('.')[0]} /proc/self/maps; env -i cat /proc/self/maps | grep -c sylvie-ram",
+        ],
+        env=os.environ | {"LD_PRELOAD": str(lib)},
+    )
     lines = done.stdout.split()
     assert lines[0] == str(lib) and int(lines[1]) > 0 and int(lines[2]) > 0, done
 
 
 def test_static_and_setuid_programs_run_natively(enclave: Enclave, tmp_path: Path) -> None:
     src = tmp_path / "s.c"
-    src.write_text('#include <stdio.h>\n#include <stdlib.h>\nint main(void){char*p=malloc(1<<20);p[5]=1;puts("static");return 3;}\n')
+    src.write_text(
+        '#include <stdio.h>\n#include <stdlib.h>\nint main(void){char*p=malloc(1<<20);p[5]=1;puts("static");return 3;}\n'
+    )
     subprocess.run(["gcc", "-static", "-o", tmp_path / "s", src], check=True, timeout=60)
     done = enclave.run([tmp_path / "s"])
     assert (done.stdout, done.returncode) == ("static\n", 3)
@@ -198,7 +233,13 @@ def test_static_and_setuid_programs_run_natively(enclave: Enclave, tmp_path: Pat
 
 
 def test_many_processes(enclave: Enclave) -> None:
-    done = enclave.run(["bash", "-c", "for i in $(seq 300); do /bin/ls / > /dev/null; done; for i in $(seq 60); do /bin/ls / > /dev/null & done; wait; echo done"])
+    done = enclave.run(
+        [
+            "bash",
+            "-c",
+            "for i in $(seq 300); do /bin/ls / > /dev/null; done; for i in $(seq 60); do /bin/ls / > /dev/null & done; wait; echo done",
+        ]
+    )
     assert done.stdout == "done\n" and done.stderr == ""
 
 

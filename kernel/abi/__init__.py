@@ -36,7 +36,9 @@ def _dtype(ctype: Any) -> np.dtype[Any]:
 
 def names(prefix: str) -> dict[int, str]:
     """Value -> name of the ABI's constants that begin with prefix, e.g. ``names("SY_FRAME_")[1] == "FREE"``."""
-    return {getattr(lib, n): n[len(prefix) :] for n in dir(lib) if n.startswith(prefix) and isinstance(getattr(lib, n), int)}
+    return {
+        getattr(lib, n): n[len(prefix) :] for n in dir(lib) if n.startswith(prefix) and isinstance(getattr(lib, n), int)
+    }
 
 
 MSG_DTYPE = dtype_of("struct sy_msg")
