@@ -183,9 +183,10 @@ class Runtime:
             if all(self._next[topic] >= self._promised.get(topic, 0) for topic in self._topics):
                 self._promised = {}
             elif time.monotonic() - self._promised_at > LATE:
-                self._gap("the end", self._promised)
+                self._rebuild_after_gap(self._note_gap(self._promised))
             return
         parts: list[NDArray[np.void]] = []
+        lost = 0
         for _ in range(BURST):
             try:
                 frames = self.events_in.recv_multipart(zmq.NOBLOCK)
@@ -194,19 +195,29 @@ class Runtime:
             topic, first, events = decode_batch(frames)
             expected = self._next[topic]
             if first > expected:
-                self._gap(topic.decode(), {topic: first})
+                lost += self._note_gap({topic: first})
                 expected = first
             # Older than HELLO: the tables had it already.
             parts.append(events[max(0, expected - first) :])
             self._next[topic] = max(expected, first + len(events))
+        if lost:
+            self._rebuild_after_gap(lost)
         if parts:
             self._dispatch(np.concatenate(parts))
 
-    def _gap(self, where: str, upto: dict[bytes, int]) -> None:
+    def _note_gap(self, upto: dict[bytes, int]) -> int:
+        """Events before these numbers will not come any more; how many."""
+        lost = 0
+        for topic in self._topics:
+            missing = upto.get(topic, 0) - self._next[topic]
+            if missing > 0:
+                lost += missing
+                self._next[topic] += missing
+        return lost
+
+    def _rebuild_after_gap(self, lost: int) -> None:
         self.gaps += 1
-        lost = sum(max(0, seq - self._next[topic]) for topic, seq in upto.items() if topic in self._next)
-        log.warning("%s: %d events lost at %s, rebuilding", self.name, lost, where)
-        self._next.update({topic: max(seq, self._next[topic]) for topic, seq in upto.items() if topic in self._next})
+        log.warning("%s: %d events were lost, rebuilding", self.name, lost)
         self._rebuild()
 
     def _dispatch(self, events: NDArray[np.void]) -> None:

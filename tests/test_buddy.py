@@ -233,9 +233,10 @@ def test_maximal_blocks_against_the_definition() -> None:
 class FakeGateway:
     """What ``sy_gw_commit`` does, for GRANT and RESERVE, on a table in memory; and the stub's side of magazines."""
 
-    def __init__(self, module: Any, regions: int = 64) -> None:
+    def __init__(self, module: Any, regions: int = 256) -> None:
         self.frames = table(regions)
         self.magazines: dict[tuple[int, int], list[int]] = {}
+        self.consumed: dict[tuple[int, int], int] = {}
         self.reserve: dict[int, list[int]] = {}
         self.dead: set[int] = set()
         self.now = 0.0
@@ -293,8 +294,14 @@ class FakeGateway:
         ring = self.magazines.setdefault((asid, order), [])
         for _ in range(blocks):
             set_state(self.frames, ring.pop(0), 1 << order, MAPPED, asid, order)
-        self.event("magazine_low", asid=asid, order=order, npages=len(ring))
+        self.consumed[asid, order] = self.consumed.get((asid, order), 0) + blocks
+        self.low(asid, order)
         self.settle()
+
+    def low(self, asid: int, order: int) -> None:
+        """MAGAZINE_LOW, as things are now."""
+        level, consumed = self.level(asid, order), self.consumed.get((asid, order), 0)
+        self.event("magazine_low", asid=asid, order=order, npages=level, arg=consumed)
 
     def level(self, asid: int, order: int) -> int:
         return len(self.magazines.get((asid, order), []))
@@ -312,7 +319,7 @@ def test_reserve_is_filled_and_refilled(gateway: FakeGateway) -> None:
     assert targets[9] == len(gateway.frames) // 16 >> 9
     assert gateway.policy.words() == {"reserve": targets}
     assert [len(gateway.reserve.get(order, [])) for order in range(MAX_ORDER + 1)] == targets
-    assert {pfn // (32 * REGION) for pfn in gateway.reserve[0]} == {0, 1}, "both nodes hold some"
+    assert {pfn // (128 * REGION) for pfn in gateway.reserve[0]} == {0, 1}, "both nodes hold some"
     for pfn in gateway.reserve[4][:40]:
         set_state(gateway.frames, pfn, 16, MAPPED, 3, 4)
     del gateway.reserve[4][:40]
@@ -358,7 +365,21 @@ def test_never_more_than_the_ring_holds(gateway: FakeGateway) -> None:
     for _ in range(20):
         gateway.use(7, 0, gateway.level(7, 0) // 2)
     assert gateway.level(7, 0) <= lib.SY_MAG_SLOTS
-    assert gateway.policy.refused == 0
+    assert gateway.policy.refused == {}
+
+
+def test_low_that_was_said_before_the_refill_is_not_answered_twice(gateway: FakeGateway) -> None:
+    gateway.use(7, 4, 0)
+    gateway.use(7, 4, 28)
+    assert gateway.level(7, 4) == 64
+    gateway.event("magazine_low", asid=7, order=4, npages=5, arg=28)  # sent when one block of that refill had come
+    gateway.settle()
+    assert gateway.policy.magazines[7, 4].target == 128, "it ran low while it was being filled"
+    assert gateway.level(7, 4) == 128
+    gateway.low(7, 0)
+    gateway.low(7, 0)
+    gateway.settle()
+    assert gateway.level(7, 0) == start_target(0), "said twice before it was answered: answered once"
 
 
 def test_dead_are_forgotten(gateway: FakeGateway) -> None:
@@ -411,7 +432,7 @@ def test_restart_finds_everything_in_the_table(gateway: FakeGateway) -> None:
     assert gateway.level(7, 4) == start_target(4)
     assert gateway.level(7, 0) == start_target(0), "orders that every program uses"
     assert gateway.level(9, 0) == start_target(0), "was full, stays"
-    assert gateway.policy.refused == 0
+    assert gateway.policy.refused == {}
 
 
 def test_no_single_refill_takes_the_last_memory() -> None:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from bus.policy import BasePolicy, Transaction
 from bus.tables import MAX_ORDER, REGION
 from components.buddy.free_map import FreeMap
-from kernel.abi import lib
+from kernel.abi import lib, names
+
+RESULTS = names("SY_R_")
 
 # Blocks with which a magazine begins, by order; orders not named begin with START_OTHER. Twice what the gateway itself
-# gives a new address space, so that the first MAGAZINE_LOW is already answered with more.
-START = {0: 32, 4: 32, 9: 4}
+# gives a new address space, or of the low mark, so that the first MAGAZINE_LOW is already answered with more.
+START = {0: 32, 4: 32, 9: 8}
 START_OTHER = 4
 # A magazine never holds more than 128 blocks of order 9, nor more blocks than its ring has room for.
 MOST_FRAMES = 128 << lib.SY_HUGE_ORDER
@@ -55,16 +57,25 @@ def reserve_targets(frames: int) -> list[int]:
     return targets
 
 
+def _by_magazine(entries: NDArray[np.void]) -> list[tuple[int, int, int]]:
+    """(asid, order, how many) of operations or frames."""
+    keys, counts = np.unique(entries["asid"].astype(np.int64) << 8 | entries["order"], return_counts=True)
+    return [(key >> 8, key & 255, count) for key, count in zip(keys.tolist(), counts.tolist(), strict=True)]
+
+
 class Magazine:
     """What is known of one ring: ``target`` in blocks, ``low_at`` = when it was last low, ``short`` = blocks still
-    owed."""
+    owed, ``put`` = blocks that were ever put into the ring, as far as we know,
+    ``answered`` = something was put in since it was last low."""
 
-    __slots__ = ("low_at", "node", "short", "target")
+    __slots__ = ("answered", "low_at", "node", "put", "short", "target")
 
     def __init__(self, order: int) -> None:
         self.target = start_target(order)
         self.low_at = float("-inf")
+        self.answered = True
         self.node = 0
+        self.put = 0
         self.short = 0
 
 
@@ -83,7 +94,9 @@ class RefillPolicy(BasePolicy):
         self._reserve = [0] * (MAX_ORDER + 1)  # blocks, as far as we were told
         self._more_free = True  # something may have become free since we last found too little
         self.rebuild_seconds = 0.0
-        self.grants = self.refused = 0
+        self.grants = 0
+        self.granted = [0] * (MAX_ORDER + 1)  # blocks, by order
+        self.refused: dict[str, int] = {}  # by result
 
     def words(self) -> dict[str, list[int]]:
         return {"reserve": self._targets}
@@ -105,8 +118,7 @@ class RefillPolicy(BasePolicy):
         # The MAGAZINE_LOW that came while nobody listened is not sent again, so look who is low. An order without a
         # single granted block does not show here; those that every program uses are filled all the same.
         granted = self.frames[state == lib.SY_FRAME_GRANTED]
-        keys, frames = np.unique(granted["asid"].astype(np.int64) << 8 | granted["order"], return_counts=True)
-        level = {(key >> 8, key & 255): n >> (key & 255) for key, n in zip(keys.tolist(), frames.tolist(), strict=True)}
+        level = {(asid, order): frames >> order for asid, order, frames in _by_magazine(granted)}
         for asid in np.unique(self.frames["asid"][state == lib.SY_FRAME_MAPPED]).tolist():
             level.setdefault((asid, 0), 0)
             level.setdefault((asid, 4), 0)
@@ -132,16 +144,26 @@ class RefillPolicy(BasePolicy):
     def magazine_low(self, events: NDArray[np.void]) -> None:
         """A ring fell below its mark."""
         now = self.clock()
-        columns = (events[name].tolist() for name in ("asid", "order", "npages", "node"))
-        for asid, order, level, node in zip(*columns, strict=True):
+        columns = (events[name].tolist() for name in ("asid", "order", "npages", "node", "arg"))
+        for asid, order, level, node, consumed in zip(*columns, strict=True):
             if not asid or order > lib.SY_HUGE_ORDER:  # magazines have no ring for order 10
                 continue
             magazine = self.magazines.setdefault((asid, order), Magazine(order))
+            # While we put in many blocks, the first of them already allow the stub to say again that it is low: told
+            # before our refill was complete, read after. Count what has come since, or each refill is made twice.
+            since_told = magazine.put - consumed - level
+            if 0 < since_told <= lib.SY_MAG_SLOTS:
+                level += since_told
+            else:
+                magazine.put = consumed + level
             since = now - magazine.low_at
-            if since < QUICK:
+            if not magazine.answered:
+                pass  # said again before we could answer
+            elif since < QUICK:
                 magazine.target = min(magazine.target * 2, most(order))
             elif magazine.target > start_target(order):
                 magazine.target = max(magazine.target >> min(int(since / SLOW), 32), start_target(order))
+            magazine.answered = False
             magazine.low_at = now
             magazine.node = node if node < len(self.nodes) else 0
             self._owe(asid, order, magazine.target - level)
@@ -196,19 +218,26 @@ class RefillPolicy(BasePolicy):
         reserved = ops[done & (ops["op"] == lib.SY_OP_RESERVE)]["order"]
         for order, blocks in enumerate(np.bincount(reserved, minlength=MAX_ORDER + 1).tolist()):
             self._reserve[order] += blocks
-        self.grants += int(np.count_nonzero(done & (ops["op"] == lib.SY_OP_GRANT)))
+        granted = ops[done & (ops["op"] == lib.SY_OP_GRANT)]
+        self.grants += len(granted)
+        for asid, order, blocks in _by_magazine(granted):
+            self.granted[order] += blocks
+            if (asid, order) in self.magazines:
+                self.magazines[asid, order].put += blocks
+                self.magazines[asid, order].answered = True
         if done.all():
             return
         failed = ops[~done]
-        self.refused += len(failed)
+        for result, count in enumerate(np.bincount(failed["result"]).tolist()):
+            if count:
+                name = RESULTS.get(result, str(result))
+                self.refused[name] = self.refused.get(name, 0) + count
         # Somebody was faster in that region, or it is not what we believe: look at all of it again.
         self._look(failed["pfn"] // REGION * REGION, np.full(len(failed), REGION))
         grants = failed[failed["op"] == lib.SY_OP_GRANT]
         self._forget(grants["asid"][grants["result"] == lib.SY_R_NOT_FOUND].tolist())
-        again = grants[grants["result"] == lib.SY_R_STALE]
-        keys, blocks = np.unique(again["asid"].astype(np.int64) << 8 | again["order"], return_counts=True)
-        for key, count in zip(keys.tolist(), blocks.tolist(), strict=True):
-            self._owe(key >> 8, key & 255, count)
+        for asid, order, blocks in _by_magazine(grants[grants["result"] == lib.SY_R_STALE]):
+            self._owe(asid, order, blocks)
 
     def dump(self) -> dict[str, Any]:
         busiest = sorted(self.magazines.items(), key=lambda item: -item[1].low_at)[:32]
@@ -216,6 +245,7 @@ class RefillPolicy(BasePolicy):
             "free_frames": self.allocator.free_frames,
             "reserve": self._reserve,
             "targets": {f"{asid}/{order}": magazine.target for (asid, order), magazine in busiest},
+            "granted": self.granted,
             "owed": len(self._owed),
             "grants": self.grants,
             "refused": self.refused,

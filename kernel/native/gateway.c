@@ -174,6 +174,9 @@ int sy_gw_events(struct sy_gateway *g, struct sy_msg *out, int max) {
   return n;
 }
 void sy_gw_post(struct sy_gateway *g, const struct sy_msg *m) { event(g, *m); }
+void sy_gw_post_test(struct sy_gateway *g, uint32_t n) {
+  for (uint32_t i = 0; i < n; i++) event(g, (struct sy_msg){.type = SY_MSG_TEST, .vpage = i, .arg = now_ns()});
+}
 int sy_gw_event_fd(struct sy_gateway *g) { return g->ev_fd; }
 int sy_gw_header_fd(struct sy_gateway *g) { return g->header_ro; }
 int sy_gw_frames_fd(struct sy_gateway *g) { return g->frames_ro; }

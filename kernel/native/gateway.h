@@ -17,6 +17,8 @@ int sy_gw_frames_fd(struct sy_gateway *gw);
 int sy_gw_events(struct sy_gateway *gw, struct sy_msg *out, int max);
 /* Appends one event from Python (COMPONENT_UP, TEST, …). */
 void sy_gw_post(struct sy_gateway *gw, const struct sy_msg *m);
+/* Appends n TEST events as fast as it can: vpage counts, arg is the monotonic nanosecond of each. For measuring the bus. */
+void sy_gw_post_test(struct sy_gateway *gw, uint32_t n);
 
 /* Carries out n operations for one component; fills ops[i].result. Number COMPLETE. */
 int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, int n);

@@ -1,0 +1,308 @@
+"""``python -m bench [NAME…]``: every bound of the first slice, measured side by side with native Linux in the same run.
+
+Native and managed runs alternate, so the noise of the machine falls on both; the table shows medians, and the ratio of
+medians. Results go to ``bench/results/latest.json`` as well. Exit status 0 whether or not a bound is reached: the table says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import bus_bench
+from sylvie.life import control
+
+HERE = Path(__file__).resolve().parent
+SYLVIE = Path(sys.executable).with_name("sylvie")
+ROUNDS = 5
+
+
+@dataclass
+class Row:
+    """One line: ``ratio`` is ours / native for costs, and for rates too; ``bound`` is its limit ("<= 1.0", ">= 0.9", "")."""
+
+    what: str
+    unit: str
+    native: float | None
+    ours: float | None
+    ratio: float | None
+    bound: str
+
+    @property
+    def reached(self) -> bool | None:
+        if not self.bound or self.ratio is None:
+            return None
+        op, limit = self.bound.split()
+        return self.ratio <= float(limit) if op == "<=" else self.ratio >= float(limit)
+
+
+class Bench:
+    """An enclave of its own and the compiled programs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.run_dir = directory / "run"
+        self.memory = directory / "memory"
+        subprocess.run(
+            ["gcc", "-O2", "-Wall", "-o", self.memory, HERE / "programs" / "memory.c", "-lpthread"], check=True
+        )
+
+    def sylvie(self, *args: str) -> None:
+        subprocess.run([SYLVIE, "--run-dir", self.run_dir, *args], check=True, stdout=subprocess.DEVNULL, timeout=300)
+
+    def up(self, ram: str) -> float:
+        """Seconds from `sylvie up` to ready."""
+        t = time.monotonic()
+        self.sylvie("up", "--ram", ram)
+        return time.monotonic() - t
+
+    def populated(self) -> None:
+        """Waits until all RAM is populated, so that a measurement does not share the CPUs with that."""
+        while (s := control(self.run_dir, {"t": "status"}))["populated"] < s["frames"]["total"]:
+            time.sleep(0.1)
+
+    def managed(self, cmd: list[str | Path]) -> list[str]:
+        native = (
+            HERE.parent / "kernel" / "native"
+        )  # what `sylvie run` becomes, without Python's start in the measurement
+        return [
+            *map(
+                str,
+                [native / "sylvie-launch", self.run_dir, native / "libsylvie.so", native / "sylvie-keeper", "--", *cmd],
+            )
+        ]
+
+    def values(self, cmd: list[str | Path], managed: bool) -> dict[str, list[float]]:
+        """Runs a program that prints "name value" lines."""
+        line = self.managed(cmd) if managed else list(map(str, cmd))
+        out = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300).stdout
+        found: dict[str, list[float]] = {}
+        for name, value in re.findall(r"^(\w+) ([\d.]+)$", out, re.M):
+            found.setdefault(name, []).append(float(value))
+        return found
+
+    def compare(
+        self, label: str, cmd: list[str | Path], rounds: int = ROUNDS, native_cmd: list[str | Path] | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Medians (native, ours) by name, of alternating runs."""
+        both: dict[str, tuple[list[float], list[float]]] = {}
+        for _ in track(range(rounds), label, transient=True):
+            for managed in (False, True):
+                for name, found in self.values(cmd if managed else native_cmd or cmd, managed).items():
+                    both.setdefault(name, ([], []))[managed].extend(found)
+        return {name: (statistics.median(a), statistics.median(b)) for name, (a, b) in both.items() if a and b}
+
+
+def row(what: str, unit: str, pair: tuple[float, float], bound: str = "") -> Row:
+    return Row(what, unit, pair[0], pair[1], pair[1] / pair[0], bound)
+
+
+def memory(b: Bench) -> list[Row]:
+    """First touch, single faults, mmap and munmap, malloc and free."""
+    touch = b.compare("first touch", [b.memory, "touch"])
+    rows = [
+        row("first touch, 512 MiB in sequence, recycled memory", "µs/page", touch["touch_recycled"], "<= 1.0"),
+        row("… the program's first 512 MiB", "µs/page", touch["touch_first"]),
+    ]
+    control(b.run_dir, {"t": "fault-order", "asid": 0, "order": 0, "max_order": 0})
+    try:
+        random = b.compare("random fault", [b.memory, "random"], native_cmd=[b.memory, "minimal"])
+    finally:
+        control(b.run_dir, {"t": "fault-order", "asid": 0, "order": 4, "max_order": 9})
+    rows.append(
+        row(
+            "random 4 KiB fault, order 0, p50 (against a minimal userfaultfd handler)",
+            "µs",
+            random["random_p50"],
+            "<= 1.5",
+        )
+    )
+    mmap = b.compare("mmap", [b.memory, "mmap"])
+    rows.append(row("mmap + munmap of 64 KiB", "µs", mmap["mmap_munmap"], "<= 3.0"))
+    rows.append(row("… with one page touched", "µs", mmap["mmap_touch_munmap"]))
+    malloc = b.compare("malloc", [b.memory, "malloc"])
+    rows.append(row("malloc + free around glibc's mmap threshold", "µs", malloc["malloc_free"], "<= 3.0"))
+    return rows
+
+
+def starts(b: Bench) -> list[Row]:
+    """`sh` running /bin/true 200 times."""
+    script: list[str | Path] = ["sh", "-c", "i=0; while [ $i -lt 200 ]; do /bin/true; i=$((i+1)); done"]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in track(range(ROUNDS), "program starts", transient=True):
+        for managed in (False, True):
+            t = time.perf_counter()
+            subprocess.run(b.managed(script) if managed else list(map(str, script)), check=True)
+            times[managed].append((time.perf_counter() - t) * 1e3)
+    return [
+        row(
+            "sh running /bin/true 200 times", "ms", (statistics.median(times[0]), statistics.median(times[1])), "<= 3.0"
+        )
+    ]
+
+
+def python(b: Bench) -> list[Row]:
+    """CPython's string workload."""
+    found = b.compare("CPython", [sys.executable, HERE / "programs" / "strings.py"])
+    return [row("CPython: 1.5 M strings sorted, 200 MiB touched", "s", found["strings"], "<= 1.15")]
+
+
+def redis(b: Bench) -> list[Row]:
+    """SET and GET of 512 bytes, pipeline 16; the client is native in both cases."""
+    rates: dict[str, tuple[list[float], list[float]]] = {"SET": ([], []), "GET": ([], [])}
+    for _ in track(range(ROUNDS), "redis", transient=True):
+        for managed in (False, True):
+            sock = b.run_dir.parent / "redis.sock"
+            cmd: list[str | Path] = [
+                "redis-server",
+                "--port",
+                "0",
+                "--unixsocket",
+                sock,
+                "--save",
+                "",
+                "--dir",
+                b.run_dir.parent,
+            ]
+            server = subprocess.Popen(b.managed(cmd) if managed else list(map(str, cmd)), stdout=subprocess.DEVNULL)
+            try:
+                while subprocess.run(["redis-cli", "-s", sock, "ping"], capture_output=True, check=False).returncode:
+                    time.sleep(0.05)
+                test = [
+                    "redis-benchmark",
+                    "-s",
+                    sock,
+                    "-t",
+                    "set,get",
+                    "-n",
+                    "200000",
+                    "-P",
+                    "16",
+                    "-d",
+                    "512",
+                    "-r",
+                    "100000",
+                    "--csv",
+                ]
+                out = subprocess.run(
+                    list(map(str, test)), capture_output=True, text=True, check=True, timeout=120
+                ).stdout
+            finally:
+                server.send_signal(signal.SIGTERM)
+                server.wait(30)
+            for name in rates:
+                rates[name][managed].append(float(re.search(rf'"{name}","([\d.]+)"', out)[1]) / 1e3)  # type: ignore[index]
+    return [
+        row(f"redis {n}, 512 B, pipeline 16", "k/s", (statistics.median(a), statistics.median(o)), ">= 0.9")
+        for n, (a, o) in rates.items()
+    ]
+
+
+def bus(b: Bench) -> list[Row]:
+    """Events from a channel to a Python component, beside raw pyzmq."""
+    return [
+        Row(what, unit, raw, ours, None if ratio is None else ratio, bound)
+        for what, unit, raw, ours, ratio, bound in bus_bench.measure(b.run_dir)
+    ]
+
+
+def rebuilt(b: Bench) -> float:
+    """Seconds from buddy's death to its successor online and rebuilt."""
+    buddy = control(b.run_dir, {"t": "status"})["components"][0]
+    os.kill(buddy["pid"], signal.SIGKILL)
+    t = time.monotonic()
+    while (c := control(b.run_dir, {"t": "status"})["components"][0])["state"] != "online" or c["pid"] == buddy["pid"]:
+        time.sleep(0.005)
+    return time.monotonic() - t
+
+
+def life(b: Bench) -> list[Row]:
+    """`sylvie up` and buddy's return, at two sizes; reported without a bound."""
+    rows = []
+    for ram in ("1G", "16G"):
+        up = b.up(ram)
+        b.populated()
+        back = rebuilt(b)
+        time.sleep(1.0)  # a heartbeat carries the new dump
+        table = control(b.run_dir, {"t": "status"})["components"][0]["dump"].get("rebuild_ms")
+        b.sylvie("down")
+        rows += [
+            Row(f"sylvie up to ready, {ram}", "s", None, up, None, ""),
+            Row(f"buddy's death to rebuilt, {ram}", "s", None, back, None, ""),
+            Row(f"… of that, reading the frame table, {ram}", "ms", None, table, None, ""),
+        ]
+    return rows
+
+
+SUITES: dict[str, Callable[[Bench], list[Row]]] = {
+    "memory": memory,
+    "starts": starts,
+    "python": python,
+    "redis": redis,
+    "bus": bus,
+}
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("what", "unit", "native", "Sylvie", "ratio", "bound", "", title="Sylvie beside native Linux, medians")
+    for r in rows:
+        number = [
+            f"{x:.3g}" if x is not None and x < 1000 else f"{x:,.0f}" if x is not None else ""
+            for x in (r.native, r.ours)
+        ]
+        mark = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}[r.reached]
+        table.add_row(r.what, r.unit, *number, f"{r.ratio:.2f}" if r.ratio is not None else "", r.bound, mark)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main() -> int:
+    """0 when everything could be measured."""
+    wanted = sys.argv[1:] or [*SUITES, "life"]
+    if unknown := [w for w in wanted if w not in SUITES and w != "life"]:
+        print(f"unknown: {', '.join(unknown)}; choose from {', '.join([*SUITES, 'life'])}", file=sys.stderr)
+        return 2
+    if not shutil.which("redis-benchmark") and "redis" in wanted:
+        print("redis-server and redis-tools are missing: make setup installs them", file=sys.stderr)
+        return 1
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="sy-bench-") as d:
+        os.chmod(d, 0o755)
+        b = Bench(Path(d))
+        try:
+            if any(w in SUITES for w in wanted):
+                b.up("2G")
+                b.populated()
+                for name in wanted:
+                    if name in SUITES:
+                        rows += SUITES[name](b)
+                b.sylvie("check")
+                b.sylvie("down")
+            if "life" in wanted:
+                rows += life(b)
+        finally:
+            if (b.run_dir / "config.json").exists():
+                b.sylvie("down")
+    show(rows)
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "latest.json").write_text(
+        json.dumps([asdict(r) | {"reached": r.reached} for r in rows], indent=1)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
