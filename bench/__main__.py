@@ -136,6 +136,7 @@ def memory(b: Bench) -> list[Row]:
     rows.append(row("… with one page touched", "µs", mmap["mmap_touch_munmap"]))
     malloc = b.compare("malloc", [b.memory, "malloc"])
     rows.append(row("malloc + free around glibc's mmap threshold", "µs", malloc["malloc_free"], "<= 3.0"))
+    rows.append(row("… with the threshold fixed: mmap and munmap every time", "µs", malloc["malloc_mmap"], "<= 3.0"))
     return rows
 
 

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
@@ -86,7 +87,7 @@ static double minimal(size_t pages) {
 int main(int argc, char **argv) {
   const char *what = argc > 1 ? argv[1] : "";
   size_t size = 512ul << 20, n = 8192;
-  double t;
+  double t = 0;
   if (!strcmp(what, "touch")) {
     for (int r = 0; r < 3; r++) { /* the first on memory as it comes, the others on recycled memory */
       char *p = map(size);
@@ -114,15 +115,20 @@ int main(int argc, char **argv) {
       printf("%s %.3f\n", touch ? "mmap_touch_munmap" : "mmap_munmap", (now() - t) / k);
     }
   } else if (!strcmp(what, "malloc")) {
-    int k = 20000; /* around glibc's first mmap threshold of 128 KiB; both ends of each block are used */
-    t = now();
-    for (int i = 0; i < k; i++) {
-      size_t m = 100000 + (size_t)(i % 16) * 4000;
-      volatile char *p = malloc(m);
-      p[0] = p[m - 1] = 1;
-      free((void *)p);
+    /* Around glibc's first mmap threshold of 128 KiB; both ends of each block are used. First as glibc does by itself (the first free
+     * moves its threshold), then with the threshold kept so low that every block is an mmap and a munmap. */
+    for (int always = 0; always < 2; always++) {
+      int k = always ? 4000 : 20000;
+      if (always) mallopt(M_MMAP_THRESHOLD, 65536), mallopt(M_TOP_PAD, 0), mallopt(M_TRIM_THRESHOLD, 0), free(malloc(40000));
+      for (int i = -64; i < k; i++) { /* not measured: the heap's beginning */
+        if (i == 0) t = now();
+        size_t m = 100000 + (size_t)(i & 15) * 4000;
+        volatile char *p = malloc(m);
+        p[0] = p[m - 1] = 1;
+        free((void *)p);
+      }
+      printf("%s %.4f\n", always ? "malloc_mmap" : "malloc_free", (now() - t) / k);
     }
-    printf("malloc_free %.3f\n", (now() - t) / k);
   } else
     return fprintf(stderr, "usage: memory touch|random|mmap|malloc|minimal\n"), 2;
   return 0;

@@ -59,6 +59,7 @@
 #define A_FOREIGN 0x10    /* a file or shared mapping of the program's own, put here by MAP_FIXED */
 #define A_WIPEONFORK 0x20
 #define A_DONTFORK 0x40
+#define A_KEPT 0x80       /* unmapped by the program, but kept with its frames for the next mmap of that size (alone in the byte) */
 /* word flag of ours, beside those of the ABI: the kernel's mapping of this page is not plain read-write */
 #define W_KPROT 0x80
 
@@ -76,6 +77,11 @@ static uint64_t brk_floor, mmap_floor = SY_BRK_PAGES; /* pages below (in their r
 static uint64_t mmap_next = SY_BRK_PAGES, mmap_hi = SY_BRK_PAGES, brk_hi;
 static struct { uint64_t p, n; } hole[32]; /* recently unmapped ranges, reused first */
 static uint64_t forked_bytes;
+#define KEEP_PAGES 256                /* largest piece kept, and ... */
+#define KEEP_TOTAL 1024               /* ... pages kept in all */
+static struct { uint64_t p, n; } kept[16]; /* newest last */
+static unsigned kept_count;
+static uint64_t kept_pages;
 
 static struct sy_as_ctl *ctl;
 static uint8_t *chunks;
@@ -190,7 +196,9 @@ static void wake(uint64_t p, uint64_t n) {
   struct uffdio_range w = {VA(p), n * PS};
   SYS(__NR_ioctl, fd_uffd, UFFDIO_WAKE, &w, 0, 0);
 }
-#define UFFD_FRAME (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MINOR)
+/* Without WP: on a mapping registered for it, the kernel makes pages read-only at every mprotect, and each then faults once at the
+ * next write. Fork, which needs it, registers anew. */
+#define UFFD_FRAME (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR)
 
 /* The stub's descriptors exist only in the service threads' own table, so that the program can neither see nor close them. What
  * needs one (userfaultfd, RAM file) is therefore done by the command thread. Caller holds mm_lock, so one request at a time. */

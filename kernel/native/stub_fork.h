@@ -18,6 +18,7 @@ static long protect_request(void *arg) {
     uint64_t k = 0;
     while ((i + k) < end && present(i + k)) k++;
     if (k) {
+      if (on) uffd_register(i, k, UFFD_FRAME | UFFDIO_REGISTER_MODE_WP);
       struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
       SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
     }
@@ -64,6 +65,7 @@ static long settle_region(uint64_t lo, uint64_t hi, uint64_t top) {
   for (uint64_t i = lo; i < hi;) {
     uint64_t k = 1;
     while (i + k < hi && attr[i + k] == attr[i]) k++;
+    if (attr[i] == A_KEPT) memset(attr + i, 0, k); /* unmapped, for the program */
     long r = is_native(i) ? 0 : attr[i] ? settle_run(i, k, attr[i]) : SYS(__NR_munmap, VA(i), k * PS, 0, 0, 0);
     if (r < 0) return r;
     i += k;
@@ -108,6 +110,7 @@ static long do_clone(struct fork_args *f) {
     brk_floor = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = mmap_next = mmap_hi;
     brk_hi = brk_floor;
     memset(hole, 0, sizeof hole);
+    kept_count = 0, kept_pages = 0;
     if (tid_later) {
       if (f->flags & CLONE_CHILD_SETTID) *(int *)f->ctid = (int)SYS(__NR_gettid, 0, 0, 0, 0, 0);
       if (f->flags & CLONE_CHILD_CLEARTID) SYS(__NR_set_tid_address, f->ctid, 0, 0, 0, 0);

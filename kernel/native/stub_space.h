@@ -212,7 +212,83 @@ static void map_pages(uint64_t p, uint64_t n, uint8_t a) {
   claim(p, n, a);
   set_kernel_prot(p, n, RW); /* a stray touch may have left a page without access */
 }
+
+/* ---------------------------------------------------------------- kept pieces
+ * Programs map and unmap pieces of one size again and again (malloc around its mmap threshold). A small piece that is unmapped keeps its
+ * frames and its page-table entries for a while, without access (a stray touch is SIGSEGV, as it must be); the next mmap of about
+ * that size makes it accessible and zeroes what was there: no fault, no message, no frame that travels. */
+static void forget_kept(unsigned i) {
+  kept_pages -= kept[i].n;
+  for (kept_count--; i < kept_count; i++) kept[i] = kept[i + 1];
+}
+/* Gives up piece i: its frames go back. */
+static void drop_kept(unsigned i) {
+  uint64_t p = kept[i].p, n = kept[i].n;
+  forget_kept(i);
+  memset(attr + p, 0, n);
+  SYS(__NR_mprotect, VA(p), n * PS, RW, 0, 0);
+  evict(p, n);
+  hole_add(p, n);
+}
+static void drop_kept_in(uint64_t p, uint64_t n) {
+  for (unsigned i = 0; i < kept_count;)
+    if (kept[i].p < p + n && p < kept[i].p + kept[i].n) drop_kept(i);
+    else i++;
+}
+static int keep(uint64_t p, uint64_t n) {
+  int some = 0;
+  if (n > KEEP_PAGES || p < SY_BRK_PAGES) return 0;
+  for (uint64_t i = p; i < p + n; i++)
+    if (attr[i] != A_OF(RW)) return 0;
+  for (uint64_t end = p + n, i = next_used(p, end); i < end && !some; i = next_used(i + 1, end)) some = (LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT;
+  if (!some) return 0; /* nothing in it: unmapping costs nothing */
+  while (kept_count == sizeof kept / sizeof *kept || kept_pages + n > KEEP_TOTAL) drop_kept(0);
+  memset(attr + p, A_KEPT, n);
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) /* faults that decided on the old attr */
+    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+  if (SYS(__NR_mprotect, VA(p), n * PS, PROT_NONE, 0, 0) < 0) {
+    memset(attr + p, A_OF(RW), n);
+    return 0;
+  }
+  post(SY_MSG_MM_MUNMAP, p, 0, n, 0, 0, 0);
+  for (unsigned i = 0; i < kept_count;) { /* one piece with its neighbours */
+    uint64_t q = kept[i].p, m = kept[i].n;
+    if (q + m != p && p + n != q) {
+      i++;
+      continue;
+    }
+    forget_kept(i);
+    p = q < p ? q : p, n += m;
+  }
+  kept[kept_count].p = p, kept[kept_count++].n = n;
+  kept_pages += n;
+  return 1;
+}
+/* The first n pages of the smallest kept piece that has them, accessible and zero; 0 = none. What is left of the piece stays kept. */
+static uint64_t reuse(uint64_t n) {
+  unsigned best = kept_count;
+  for (unsigned i = 0; i < kept_count; i++)
+    if (kept[i].n >= n && (best == kept_count || kept[i].n <= kept[best].n)) best = i;
+  if (best < kept_count) {
+    uint64_t p = kept[best].p;
+    if (SYS(__NR_mprotect, VA(p), n * PS, RW, 0, 0) < 0) return 0;
+    if (kept[best].n == n)
+      forget_kept(best);
+    else
+      kept[best].p += n, kept[best].n -= n, kept_pages -= n;
+    for (uint64_t end = p + n, q = next_used(p, end); q < end; q = next_used(q, end)) {
+      uint64_t k = 0;
+      while (q + k < end && (LOAD(pte[q + k]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT) k++;
+      if (k) memset((void *)VA(q), 0, k * PS);
+      q += k ? k : 1;
+    }
+    return p;
+  }
+  return 0;
+}
 static void unmap_pages(uint64_t p, uint64_t n) {
+  drop_kept_in(p, n);
   for (uint64_t i = p; i < p + n;) {
     uint64_t k = 1;
     uint8_t a = attr[i];
@@ -268,6 +344,7 @@ static long do_mmap(long *a) {
     if (addr % PS) return -EINVAL;
     if (!a[1] || n > SY_ARENA_PAGES || p + n > SY_ARENA_PAGES) return a[1] ? -ENOMEM : -EINVAL;
     if (is_native(p) || is_native(p + n - 1)) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, (int)a[4], (uint64_t)a[5]);
+    drop_kept_in(p, n);
     if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
     if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
     unmap_pages(p, n);
@@ -275,6 +352,11 @@ static long do_mmap(long *a) {
       if (hole[i].n && hole[i].p < p + n && p < hole[i].p + hole[i].n) hole[i].n = 0;
   } else {
     if (!a[1]) return -EINVAL;
+    if (!addr && prot == RW && n <= KEEP_PAGES && (p = reuse(n))) {
+      claim(p, n, A_OF(RW));
+      if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
+      return (long)VA(p);
+    }
     p = addr && IN_ARENA(addr) && addr % PS == 0 && PAGE(addr) >= SY_BRK_PAGES && !is_native(PAGE(addr)) && PAGE(addr) + n <= SY_ARENA_PAGES && all_free(PAGE(addr), n)
             ? PAGE(addr) : find(n);
     if (!p) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, -1, 0); /* the arena is full: natively */
@@ -296,7 +378,9 @@ static long do_munmap(uintptr_t addr, uint64_t size) {
     memset(attr + p, 0, k);
     p += k, n -= k;
   }
-  if (n) unmap_pages(p, n);
+  for (unsigned i = 0; i < kept_count; i++)
+    if (p >= kept[i].p && p + n <= kept[i].p + kept[i].n) return 0; /* unmapped already */
+  if (n && !keep(p, n)) unmap_pages(p, n);
   return 0;
 }
 
