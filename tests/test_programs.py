@@ -96,6 +96,14 @@ def test_every_call_as_an_ordinary_user(enclave: Enclave, compiled: Compiled) ->
     assert len(expected.splitlines()) > 50
 
 
+def test_calls_and_forks_past_libc(enclave: Enclave, compiled: Compiled) -> None:
+    """Inline system calls: the net below libc serves them; a fork there first releases the address space."""
+    before = enclave.status()["counters"]["notifications"]
+    out = same(enclave, [compiled("past_libc")])
+    assert "fork past libc: child exited 0" in out
+    assert enclave.status()["counters"]["notifications"] >= before + 6
+
+
 def test_fork_under_write_load(enclave: Enclave, compiled: Compiled) -> None:
     """The child's view is of one instant, also past pthread_atfork; nested forks."""
     done = enclave.run([compiled("fork_threads"), 20])

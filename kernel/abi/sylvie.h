@@ -168,7 +168,8 @@ struct sy_as_ctl {
 
 /* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2 };
+/* RELEASE: everything in the arena becomes native memory, and what comes later too. */
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3 };
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
 /* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
  * mag_head in its own memory by compare-and-swap. */

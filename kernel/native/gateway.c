@@ -89,7 +89,7 @@ struct as {
   int resync_pass;
 };
 
-struct pending { uint64_t cmd_id; struct as *as; struct conn *listener; uint64_t notif_id; uint64_t deadline_ns; };
+struct pending { uint64_t cmd_id; struct as *as; struct conn *listener; uint64_t notif_id; uint64_t deadline_ns; int then_continue; };
 
 struct sy_gateway {
   char run_dir[92], sock_path[108];

@@ -155,7 +155,8 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
     struct sy_cmd_done *d = p->as ? &p->as->ctl->done[p->cmd_id % SY_CMD_SLOTS] : NULL;
     if (mine && !all && __atomic_load_n(&d->id, __ATOMIC_ACQUIRE) == p->cmd_id) {
       int64_t r = d->result;
-      if (r < 0 && r > -4096) answer_notif(p->listener, p->notif_id, 0, (int)r, 0);
+      if (p->then_continue) answer_notif(p->listener, p->notif_id, 0, r ? -EAGAIN : 0, r == 0);
+      else if (r < 0 && r > -4096) answer_notif(p->listener, p->notif_id, 0, (int)r, 0);
       else answer_notif(p->listener, p->notif_id, r, 0, 0);
     } else if ((mine && all) || now > p->deadline_ns)
       /* Nobody in there answers. The call must not wait for ever; it fails rather than act on mappings behind the stub's back. */
@@ -196,20 +197,17 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   struct as *a = as_of_pid(g, (pid_t)u.n.pid);
   pthread_mutex_unlock(&g->lock);
   int nr = u.n.data.nr;
-  if (a && (nr == SYS_clone || nr == SYS_fork)) {
-    /* A process made past libc would share frames with its parent. See docs/limits.md. */
-    answer_notif(lc, u.n.id, 0, -EAGAIN, 0);
-    return;
-  }
   if (!a || g->npend == (int)(sizeof g->pend / sizeof *g->pend)) {
     count(g, SY_CNT_CONTINUED, 1);
     answer_notif(lc, u.n.id, 0, 0, 1);
     return;
   }
   struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
-  c->id = ++g->cmd_id, c->op = SY_CMD_SYSCALL, c->nr = (uint32_t)nr;
+  /* A process made past libc would share frames with its parent: its address space is released first. */
+  int fork = nr == SYS_clone || nr == SYS_fork;
+  c->id = ++g->cmd_id, c->op = fork ? SY_CMD_RELEASE : SY_CMD_SYSCALL, c->nr = (uint32_t)nr;
   for (int i = 0; i < 6; i++) c->args[i] = u.n.data.args[i];
-  g->pend[g->npend++] = (struct pending){g->cmd_id, a, lc, u.n.id, now_ns() + 5000000000ull};
+  g->pend[g->npend++] = (struct pending){g->cmd_id, a, lc, u.n.id, now_ns() + 10000000000ull, fork};
   __atomic_store_n(&a->mag->cmd_tail, a->mag->cmd_tail + 1, __ATOMIC_SEQ_CST);
   futex_wake_all(&a->mag->cmd_tail);
 }

@@ -227,6 +227,7 @@ static void fault_thread(long me) {
 
 /* ---------------------------------------------------------------- command thread */
 static long emulate(long nr, long *a);
+static long release_all(void);
 
 static void run_command(const volatile struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
@@ -236,6 +237,11 @@ static void run_command(const volatile struct sy_cmd *c) {
     while (!trylock())
       if (!serve_request()) nap(20);
     r = emulate(c->nr, a);
+    unlock();
+  } else if (c->op == SY_CMD_RELEASE) {
+    while (!trylock())
+      if (!serve_request()) nap(20);
+    r = mode == MANAGED ? release_all() : 0;
     unlock();
   } else if (c->op == SY_CMD_PING)
     r = 0;

@@ -34,7 +34,26 @@ static int is_single_threaded(void) {
   return st.st_nlink <= 2 + 1 + 1 + SY_SERVICE_THREADS;
 }
 
-/* Child: makes [p, p + n), mapped alike, its own. */
+/* Release: [p, p + n) has just become native; its frames go back. */
+static int releasing;
+static void now_native(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n;) {
+    uint64_t k = 1;
+    if (present(i)) {
+      word_t w = LOAD(pte[i]);
+      while (i + k < p + n && present(i + k) && LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == (w >> SY_PTE_PFN_SHIFT) + k) k++;
+      for (uint64_t j = 0; j < k; j++) STORE(pte[i + j], SY_PTE_NATIVE);
+      __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+      post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 1);
+    } else {
+      STORE(chunks[i / SY_CHUNK_PAGES], 1);
+      STORE(pte[i], SY_PTE_NATIVE);
+    }
+    i += k;
+  }
+}
+
+/* Makes [p, p + n), mapped alike, native memory with the same content, in one step for whoever touches it. */
 static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (a & A_FOREIGN) return 0;
   if (a & A_DONTFORK) {
@@ -59,8 +78,11 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   }
   if (A_PROT(a) != RW) SYS(__NR_mprotect, t, n * PS, A_PROT(a), 0, 0);
   long r = SYS(__NR_mremap, t, n * PS, n * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
-  return r < 0 ? r : 0;
+  if (r < 0) return r;
+  if (releasing) now_native(p, n);
+  return 0;
 }
+/* Makes [lo, hi) of the arena the caller's own, page for page; what is unmapped becomes really unmapped, up to top. */
 static long settle_region(uint64_t lo, uint64_t hi, uint64_t top) {
   for (uint64_t i = lo; i < hi;) {
     uint64_t k = 1;
@@ -155,4 +177,32 @@ static long fork_on_stack(struct fork_args *f) {
 static long do_fork(long flags, long ptid, long ctid, long tls) {
   fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED};
   return sy_on_stack(fork_stack + sizeof fork_stack, fork_on_stack, &fork_args);
+}
+
+/* ---------------------------------------------------------------- release: the way out
+ * For what we cannot follow (a process made past libc): every page becomes native memory, in place, while the program's other threads
+ * run; their writes are parked until it is done. From then on this address space is the kernel's alone, until exec. Runs in the command
+ * thread, under mm_lock. */
+static long release_all(void) {
+  int on = 1;
+  __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
+  for (int i = 0; i < SY_SERVICE_THREADS; i++)
+    while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
+  protect_request(&on);
+  while (kept_count) drop_kept(0);
+  releasing = 1;
+  long r = settle_region(brk_floor, brk_hi, SY_BRK_PAGES);
+  if (!r) r = settle_region(mmap_floor, mmap_hi, SY_ARENA_PAGES);
+  releasing = 0;
+  if (!r) {
+    brk_floor = brk_hi = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = SY_ARENA_PAGES;
+    mode = NATIVE;
+  }
+  __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
+  if (r) { /* no memory for the copies: some pieces are native now, the rest is as before */
+    int off = 0;
+    protect_request(&off);
+  } else
+    wake(0, SY_ARENA_PAGES);
+  return r;
 }
