@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -128,6 +129,7 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
             f"components run under uids of their own and could not reach {run_dir}: chmod o+x {closed[0]}, or another --run-dir"
         )
     existed = run_dir.exists()
+    stop(run_dir)  # what a crash may have left
     clean(run_dir, existed=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     run_dir.chmod(0o755)
@@ -179,20 +181,32 @@ def log_tail(run_dir: Path) -> str:
     return "".join(lines)
 
 
+def processes(run_dir: Path) -> list[psutil.Process]:
+    """supervisord and what it started, also what outlived it."""
+    marks = {"kernel.gateway", *(f"components.{name}" for name in components())}
+    found = []
+    for p in psutil.process_iter(["cmdline"]):
+        line = p.info["cmdline"] or []
+        if str(run_dir) in line and marks.intersection(line):
+            found.append(p)
+    if pid := supervisor_pid(run_dir):
+        found.append(psutil.Process(pid))
+    return found
+
+
 def stop(run_dir: Path) -> None:
     """Ends supervisord and all it started; by signal what does not listen."""
-    pid = supervisor_pid(run_dir)
-    if pid is None:
-        return
-    main = psutil.Process(pid)
-    family = [*main.children(recursive=True), main]
+    family = processes(run_dir)
     try:
         rpc(run_dir).shutdown()
     except (OSError, xmlrpc.client.Error):
-        main.terminate()
+        for p in reversed(family):  # supervisord first, or it would start the others again
+            with contextlib.suppress(psutil.Error):
+                p.terminate()
     _, alive = psutil.wait_procs(family, timeout=20)
-    for process in alive:
-        process.kill()
+    for p in alive:
+        with contextlib.suppress(psutil.Error):
+            p.kill()
     psutil.wait_procs(alive, timeout=5)
 
 
@@ -216,7 +230,7 @@ def programs(run_dir: Path) -> list[str]:
 
 def down(run_dir: Path) -> None:
     """Ends all processes, removes the run directory, puts settings back."""
-    if supervisor_pid(run_dir) is None and not (run_dir / "config.json").exists():
+    if not (run_dir / "config.json").exists() and not processes(run_dir):
         raise Problem(f"no enclave is up in {run_dir}")
     still = programs(run_dir)
     stop(run_dir)
@@ -224,7 +238,9 @@ def down(run_dir: Path) -> None:
     from kernel import host
 
     if not host.restore_if_idle():
-        print("settings of the host stay until the last program and enclave have ended; then: sylvie doctor --fix")
+        print(
+            "settings of the host stay: another enclave is up, or a program still runs on frames (later: sylvie doctor --fix)"
+        )
     if still:
         print(f"still running, natively from now on: {', '.join(still[:10])}")
     print(f"down: {run_dir}")
