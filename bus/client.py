@@ -57,8 +57,11 @@ class Control:
         self._asked += 1
         frames = [pack(header | {"rid": self._asked})]
         self._socket.send_multipart(frames if raw is None else [*frames, raw])
-        deadline = time.monotonic() + self.timeout
-        while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+        asked_at = time.monotonic()
+        # In pieces: ``timeout`` may be shortened meanwhile, by a signal handler that wants an end.
+        while (left := asked_at + self.timeout - time.monotonic()) > 0:
+            if not self._socket.poll(int(min(left, 0.2) * 1000) + 1):
+                continue
             head, *rest = self._socket.recv_multipart()
             answer = unpack(head)
             if answer.pop("rid", None) != self._asked:

@@ -36,6 +36,9 @@ from bus.topics import MESSAGES, TOPICS, topic_of
 from kernel.abi import OP_DTYPE, ffi, lib, names
 
 HEARTBEAT = 0.5  # seconds between two
+# Seconds to wait for answers while joining: a gateway that populates RAM which the host must first find may be slow, and
+# starting over would only begin the wait anew.
+JOIN_PATIENCE = 30.0
 PATIENCE = 5.0  # seconds without an answer after which the gateway is taken for dead
 TICK = 0.1  # seconds after which step() is called although nothing came
 LATE = 2.0  # seconds after which an event that was sent and has not come counts as lost
@@ -64,7 +67,7 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
     path = Path(run_dir) / "gateway.sock"
     hello = ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_COMPONENT, component))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as conn:
-        conn.settimeout(PATIENCE)
+        conn.settimeout(JOIN_PATIENCE)
         conn.connect(str(path))
         conn.send(bytes(ffi.buffer(hello)))
         room = socket.CMSG_SPACE(8 * array.array("i").itemsize)
@@ -110,7 +113,7 @@ class Runtime:
         self._promised: dict[bytes, int] = {}  # … as the gateway said at _promised_at, until all of it has come
         self._promised_at = 0.0
         self._beat_at = 0.0
-        self.control = Control(run_dir, PATIENCE)
+        self.control = Control(run_dir, JOIN_PATIENCE)
         self.events_in = subscriber(run_dir, self._topics) if self._topics else None
 
     # ---- joining ----
@@ -125,18 +128,20 @@ class Runtime:
         )  # fmt: skip
         self._next = self._promise(answer)
         self._rebuild()
+        if not self.stopping:
+            self.control.timeout = PATIENCE
 
     def _wait_for_subscription(self) -> None:
         """A subscription takes effect some time after connect(). The gateway answers "sync" with an empty batch on
         every topic, in order: when that of our last topic arrives, all have."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + JOIN_PATIENCE
         while self.events_in is not None:
             self.control.request({"t": "sync"})
             while self.events_in.poll(50):
                 if decode_batch(self.events_in.recv_multipart())[0] == self._topics[-1]:
                     return
             if time.monotonic() > deadline:
-                raise GatewayGone(f"no event within {PATIENCE:g} s after subscribing to {self._topics}")
+                raise GatewayGone(f"no event within {JOIN_PATIENCE:g} s after subscribing to {self._topics}")
 
     @staticmethod
     def _promise(answer: dict[str, Any]) -> dict[bytes, int]:
@@ -162,13 +167,14 @@ class Runtime:
                     self._promised, self._promised_at = self._promise(answer), now
 
     def stop(self) -> None:
-        """Ends ``run`` within a tick."""
+        """Ends ``run`` within a tick, or half a second if the gateway does not answer."""
         self.stopping = True
+        self.control.timeout = 0.5
 
     def close(self) -> None:
         """Says goodbye, if anybody is there to hear it, and closes the sockets."""
         with contextlib.suppress(BusError):
-            self.control.timeout = 0.5
+            self.stop()
             self.control.request({"t": "goodbye", "name": self.name})
         self.control.close()
         if self.events_in is not None:
@@ -256,8 +262,9 @@ def run(name: str, implementation: str, policy_class: type[BasePolicy], run_dir:
         log.info("%s ready: %s, pid %d, uid %d", name, implementation, os.getpid(), os.getuid())
         runtime.run()
     except (BusError, OSError) as error:
-        log.error("%s stops: %s", name, error)
-        return 1
+        if runtime is None or not runtime.stopping:
+            log.error("%s stops: %s", name, error)
+            return 1
     finally:
         if runtime is not None:
             runtime.close()
