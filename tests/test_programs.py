@@ -33,8 +33,10 @@ def same(enclave: Enclave, cmd: list[Any], **kw: Any) -> str:
 @pytest.mark.parametrize("malloc", ["pymalloc", "malloc"])
 def test_cpython(enclave: Enclave, malloc: str) -> None:
     """Threads, multiprocessing with fork and spawn, subprocess."""
+    before = enclave.status()["counters"]["notifications"]
     out = same(enclave, WORK, env=os.environ | {"PYTHONMALLOC": malloc})
     assert "fork" in out and "spawn" in out
+    assert enclave.status()["counters"]["notifications"] == before, "libc made memory calls past the stub"
 
 
 def test_memory_is_really_managed(enclave: Enclave) -> None:
@@ -249,6 +251,50 @@ def test_many_processes(enclave: Enclave) -> None:
         ]
     )
     assert done.stdout == "done\n" and done.stderr == ""
+
+
+def test_run_inside_run(enclave: Enclave, own_enclave: Enclave) -> None:
+    """A managed program starts another one, on the same enclave and on another."""
+    show = "grep -c sylvie-ram /proc/self/maps"
+    for inner in (enclave, own_enclave):
+        before = inner.status()["counters"]["registered"]
+        done = enclave.run(
+            [
+                "bash",
+                "-c",
+                f"{inner.command(['bash', '-c', show])[0]} --run-dir {inner.run_dir} run -- bash -c '{show}'",
+            ]
+        )
+        assert done.returncode == 0 and int(done.stdout) > 0, done
+        assert inner.status()["counters"]["registered"] > before
+
+
+def test_descriptors_cannot_be_closed_by_the_program(enclave: Enclave) -> None:
+    """Daemons close everything; faults are served all the same, and the next descriptor is the lowest, as natively."""
+    code = "import os; os.closerange(3, 1 << 16); b = bytearray(40 << 20); b[::4096] = b'x' * len(b[::4096]); print(b.count(b'x'), os.open('/', 0))"
+    assert enclave.run([sys.executable, "-c", code]).stdout == f"{40 * 256} 3\n"
+
+
+def test_realtime_programs_do_not_starve_their_own_faults(enclave: Enclave) -> None:
+    """Every CPU is taken by a spinning SCHED_FIFO process, and one faults: it is done before the spinners are."""
+    code = """
+import os, time
+os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(60))
+pids = []
+for _ in range(os.cpu_count()):
+    if not (pid := os.fork()):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+        end = time.time() + 4
+        while time.time() < end: pass
+        os._exit(0)
+    pids.append(pid)
+time.sleep(0.2)
+for _ in range(10):
+    b = bytearray(4 << 20); b[::4096] = b'x' * 1024
+print([os.waitpid(pid, os.WNOHANG) for pid in pids] == [(0, 0)] * len(pids))
+for pid in pids: os.waitpid(pid, 0)
+"""
+    assert enclave.run([sys.executable, "-c", code]).stdout == "True\n"
 
 
 def test_strace(enclave: Enclave, compiled: Compiled, tmp_path: Path) -> None:

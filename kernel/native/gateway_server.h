@@ -1,5 +1,10 @@
 /* gateway, part 2: the server thread (connections, urgent refills, notifications), transactions, the invariants, start and stop. */
 
+/* SCHED_FIFO priorities: a program that runs at a real-time priority itself must not keep its own faults waiting. They work for
+ * microseconds at a time. */
+#define SERVICE_PRIORITY 98
+#define SERVER_PRIORITY 99
+
 /* ---------------------------------------------------------------- connections (server thread only) */
 static struct conn *dead_list;
 static struct conn *add_conn(struct sy_gateway *g, int fd, enum conn_kind kind) {
@@ -239,7 +244,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
       if (!q.tids[i]) continue;
       snprintf(p, sizeof p, "/proc/%d/task/%u", c->pid, q.tids[i]);
       if (access(p, F_OK)) continue; /* not a thread of that process: a lie, or another pid namespace */
-      struct sched_param sp = {.sched_priority = 1}; /* above every priority that a program is given by sched */
+      struct sched_param sp = {.sched_priority = SERVICE_PRIORITY};
       sched_setscheduler((pid_t)q.tids[i], SCHED_FIFO | SCHED_RESET_ON_FORK, &sp);
     }
     break;
@@ -295,7 +300,7 @@ static int test_dying(struct sy_gateway *g) {
 
 static void *server_thread(void *arg) {
   struct sy_gateway *g = arg;
-  struct sched_param sp = {.sched_priority = 2};
+  struct sched_param sp = {.sched_priority = SERVER_PRIORITY};
   pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp); /* a program may be waiting; without privilege: no harm */
   struct epoll_event ev[64];
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {

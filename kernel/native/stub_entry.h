@@ -177,13 +177,16 @@ static long exec_managed(long nr, struct regs *r) {
   if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
   while (env && env[n]) n++;
   if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
-  char *out[n + 3], pre[sizeof preload_env + 1024];
+  char *mark = mark_env, *out[n + 3], pre[sizeof preload_env + 1024];
   pre[0] = 0;
   append(pre, sizeof pre, "LD_PRELOAD=");
   append(pre, sizeof pre, stub_path);
   size_t k = 0;
   for (size_t i = 0; i < n; i++) {
-    if (starts(env[i], "_SYLVIE=")) continue;
+    if (starts(env[i], "_SYLVIE=")) { /* `sylvie run` inside a managed program: it says which enclave */
+      mark = env[i];
+      continue;
+    }
     if (starts(env[i], "LD_PRELOAD=")) {
       if (len(env[i]) > 1000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
       if (!starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
@@ -191,7 +194,7 @@ static long exec_managed(long nr, struct regs *r) {
     }
     out[k++] = env[i];
   }
-  out[k++] = pre, out[k++] = mark_env, out[k] = 0;
+  out[k++] = pre, out[k++] = mark, out[k] = 0;
   return nr == __NR_execve ? SYS(nr, a[0], a[1], out, 0, 0) : SYS(nr, a[0], a[1], a[2], out, a[4]);
 }
 
