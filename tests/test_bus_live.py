@@ -214,6 +214,15 @@ def test_orderly_stop_is_said(enclave: Enclave) -> None:
     assert "kswapd stopped after" in enclave.log()
 
 
+def test_stopping_does_not_wait_for_a_dead_gateway(enclave: Enclave) -> None:
+    process = enclave.counter()
+    enclave.gateway.send_signal(signal.SIGSTOP)
+    time.sleep(0.7)  # it waits for an answer to its heartbeat now
+    process.terminate()
+    assert process.wait(3) == 0
+    enclave.gateway.send_signal(signal.SIGCONT)
+
+
 def test_a_newer_process_takes_over(enclave: Enclave) -> None:
     old = enclave.counter()
     enclave.counter()
