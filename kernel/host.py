@@ -94,7 +94,7 @@ class Host:
         return None
 
     def _alive(self, holder: dict[str, Any]) -> bool:
-        return self._started(int(holder["pid"])) == holder["started"]
+        return holder["started"] is not None and self._started(int(holder["pid"])) == holder["started"]
 
     def _released_programs(self) -> bool:
         """Does any process still have frames mapped?"""
@@ -116,14 +116,16 @@ class Host:
     def acquire(self, name: str, pid: int | None = None) -> None:
         """Counts ``name`` (a run directory) in, for as long as process ``pid`` lives, and makes the settings fit."""
         pid = os.getpid() if pid is None else pid
-        with self._locked() as state:
+        with self._locked() as state, contextlib.ExitStack() as undo:
             for setting in self.settings:
                 now = self._read(setting.path)
                 if now is None:  # this kernel has no such knob; doctor tells
                     continue
                 if (wanted := setting.wanted(now)) != now:
-                    state["original"].setdefault(setting.path, now)
+                    undo.callback(self._write, setting.path, now)  # if a later one fails
                     self._write(setting.path, wanted)
+                    state["original"].setdefault(setting.path, now)
+            undo.pop_all()
             state["holders"][name] = {"pid": pid, "started": self._started(pid)}
 
     def release(self, name: str) -> bool:
