@@ -144,16 +144,15 @@ def compiled(root_dir: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(root_dir: Path) -> Iterator[None]:
     """No process of ours outlives the tests, and the machine's settings are as before."""
     settings = [Path("/proc/sys/vm/max_map_count"), Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")]
     before = [s.read_text() for s in settings if s.exists()]
     yield
-    ours = ("kernel.gateway", "components.", "sylvie-keeper", "supervisord -c", "sylvie-launch")
 
     def left() -> list[str]:
         lines = (" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
-        return [line for line in lines if any(o in line for o in ours) and "/sy-" in line]
+        return [line for line in lines if str(root_dir) in line]
 
     wait_for(lambda: not left(), 20, f"processes are left: {left()}")
     wait_for(

@@ -117,6 +117,45 @@ def test_killed_clients_return_every_frame(enclave: Enclave) -> None:
     assert s["frames"]["free"] + s["frames"]["reserved"] == s["frames"]["total"]
 
 
+FORKER = """
+import os, sys
+b = bytearray(range(256)) * (60 << 12)
+print('ready', flush=True)
+sys.stdin.readline()
+if os.fork() == 0:
+    ok = b == bytearray(range(256)) * (60 << 12)
+    with open(sys.argv[1] + '.new', 'w') as f: f.write(str(ok))
+    os.rename(sys.argv[1] + '.new', sys.argv[1])
+    os._exit(0)
+import signal; signal.pause()
+"""
+
+
+def test_parent_killed_in_the_middle_of_a_fork(enclave: Enclave, tmp_path: Path) -> None:
+    """The child that is still copying has all of its parent's memory, or was never there; frames return either way."""
+    survived = 0
+    for i in range(8):
+        answer = tmp_path / f"answer{i}"
+        p = enclave.popen([sys.executable, "-c", FORKER, answer], stdin=subprocess.PIPE)
+        assert p.stdin and p.stdout and p.stdout.readline() == "ready\n"
+        p.stdin.write("\n")
+        p.stdin.flush()
+        time.sleep(0.002 + 0.006 * i)
+        p.kill()
+        p.wait(10)
+        noise = enclave.run(
+            [sys.executable, "-c", "b = bytearray(b'x' * (150 << 20)); print(len(b))"]
+        )  # takes what is free
+        assert noise.returncode == 0
+        assert p.stdout.read() == ""
+        if answer.exists():
+            survived += 1
+            assert answer.read_text() == "True"
+    assert survived > 0
+    s = enclave.idle(30)
+    assert s["frames"]["mapped"] == s["frames"]["granted"] == 0
+
+
 def test_stopped_client_is_no_trouble(enclave: Enclave) -> None:
     p = load(enclave, 3)
     time.sleep(0.7)

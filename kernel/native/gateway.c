@@ -81,7 +81,7 @@ struct as {
   uint64_t frames, mapped, bad_claims, urgent;
   uint32_t mag_head_seen[10];
   int dying;              /* socket hung up: freed once the mm is gone */
-  uint64_t next_test_ns, test_step_ns;
+  uint64_t dying_since_ns, next_test_ns, test_step_ns;
   uint32_t cmd_next;
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
   uint32_t *suspect;      /* frames (pfn, barrier pairs) found unnamed in the first pass */

@@ -225,7 +225,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   for (int i = 0; i < n; i++) close(fd[i]);
   struct as *a = c->as;
   if (r == 0) {
-    a->dying = 1, a->next_test_ns = 0, a->test_step_ns = 200000;
+    a->dying = 1, a->dying_since_ns = now_ns(), a->next_test_ns = 0, a->test_step_ns = 200000;
     finish_commands(g, a, 1);
     c->as = NULL;
     drop_conn(c);
@@ -284,7 +284,9 @@ static int test_dying(struct sy_gateway *g) {
     struct as *a = g->as[i];
     if (!a->dying) continue;
     if (a->next_test_ns <= now) {
-      if (mm_gone(a)) {
+      /* Killed in the middle of a fork: the child is still copying from these frames. It cannot take for ever: it may be dead too. */
+      int copying = a->ctl->fork_active && !a->ctl->fork_done && now < a->dying_since_ns + 10000000000ull;
+      if (!copying && mm_gone(a)) {
         bury(g, a);
         i--;
         continue;

@@ -116,6 +116,7 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   case __NR_mmap:
     if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : (a[0] || !eligible(a[2], a[3])))
       return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+    if ((uint64_t)a[1] > SY_ARENA_SIZE) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
     break;
   case __NR_brk: case __NR_clone: case __NR_fork: break;
   case __NR_mlockall: /* the arena is never the kernel's to fill: future and present pages are locked as they come */
@@ -126,6 +127,9 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   default:
     if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
     if (!IN_ARENA(a[0])) return -ENOMEM; /* native memory moved into the arena: docs/limits.md */
+    /* more than the arena: no such range is mapped (and no sum below may wrap) */
+    if ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE))
+      return nr == __NR_munmap || nr == __NR_mremap || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
   }
   SYS(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &old, 8, 0);
   lock();

@@ -154,12 +154,13 @@ static int gone(long pid) {
 
 static long fork_on_stack(struct fork_args *f) {
   if (!f->managed) return do_clone(f);
+  /* Should this process be killed now, the gateway keeps its frames until the child has copied: it looks at these two words. */
+  __atomic_store_n(&ctl->fork_done, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
   for (int i = 0; i < SY_SERVICE_THREADS; i++)
     while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
   int off = 0, on = 1;
   if (!is_single_threaded()) by_command_thread(protect_request, &on);
-  STORE(ctl->fork_done, 0);
   long pid = do_clone(f);
   if (pid == 0) return 0; /* the child */
   if (pid > 0) {
