@@ -297,6 +297,18 @@ for pid in pids: os.waitpid(pid, 0)
     assert enclave.run([sys.executable, "-c", code]).stdout == "True\n"
 
 
+def test_core_dump(enclave: Enclave, compiled: Compiled, tmp_path: Path) -> None:
+    """The core holds the program's memory, and neither the empty arena nor our tables."""
+    if Path("/proc/sys/kernel/core_pattern").read_text().strip() != "core":
+        pytest.skip("this machine pipes core dumps to a program (kernel.core_pattern)")
+    done = enclave.run(["bash", "-c", f"ulimit -c unlimited; cd {tmp_path}; exec {compiled('crash')}"])
+    assert done.returncode == -6
+    core = next(tmp_path.glob("core*"))
+    assert core.stat().st_size < 256 << 20
+    data = core.read_bytes()
+    assert b"heap of the crashed" in data and b"mapping of the crashed" in data
+
+
 def test_strace(enclave: Enclave, compiled: Compiled, tmp_path: Path) -> None:
     done = enclave.run(["strace", "-f", "-o", tmp_path / "trace", compiled("memory_stress"), 2, 20])
     assert done.stdout == "ok\n" and done.returncode == 0

@@ -86,7 +86,7 @@ struct as {
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
   uint32_t *suspect;      /* frames (pfn, barrier pairs) found unnamed in the first pass */
   uint64_t suspects;
-  int resync_pass;
+  int resync_pass, resync_again;
 };
 
 struct pending { uint64_t cmd_id; struct as *as; struct conn *listener; uint64_t notif_id; uint64_t deadline_ns; int then_continue; };
@@ -519,7 +519,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     release_frames(g, a, m.pfn, m.npages);
     break;
   case SY_MSG_PAGE_MOVED:
-    if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
+    if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) { /* GRANTED: its PAGE_MAPPED was lost to an overflow */
       bad(g, a);
       return;
     }
@@ -580,7 +580,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
   if (a->resync_pass == 0) {
     free(a->suspect);
     a->suspect = lost, a->suspects = nl, lost = NULL;
-    a->resync_pass = 1, a->resync_at_ns = now_ns() + 150000000ull;
+    a->resync_pass = 1, a->resync_at_ns = now_ns() + 100000000ull;
   } else {
     for (uint64_t i = 0, j = 0; i < nl && lost; i += 2) {
       for (j = 0; j < a->suspects && (a->suspect[j] != lost[i] || a->suspect[j + 1] != lost[i + 1]); j += 2) {
@@ -591,7 +591,8 @@ static void resync(struct sy_gateway *g, struct as *a) {
     }
     count(g, SY_CNT_RESYNCS, 1);
     free(a->suspect);
-    a->suspect = NULL, a->suspects = 0, a->resync_pass = 0, a->resync_at_ns = 0;
+    a->suspect = NULL, a->suspects = 0, a->resync_pass = 0;
+    a->resync_at_ns = a->resync_again ? now_ns() + 50000000ull : 0, a->resync_again = 0;
   }
   free(named), free(safe), free(lost);
 }
@@ -612,7 +613,8 @@ static int drain_as(struct sy_gateway *g, struct as *a, int max) {
     a->overflow_seen = o;
     count(g, SY_CNT_OVERFLOWS, 1);
     event(g, (struct sy_msg){.type = SY_MSG_OVERFLOW, .asid = a->asid, .arg = o});
-    a->resync_pass = 0, a->resync_at_ns = now_ns() + 100000000ull;
+    if (!a->resync_at_ns) a->resync_pass = 0, a->resync_at_ns = now_ns() + 50000000ull;
+    else a->resync_again = 1; /* never put off: a busy program may go on overflowing */
   }
   return n;
 }
@@ -628,6 +630,9 @@ static int drain_all(struct sy_gateway *g) {
 }
 static void *drain_thread(void *arg) {
   struct sy_gateway *g = arg;
+  /* A channel holds some 10 ms of a busy program's messages: do not queue behind programs for a CPU. */
+  struct sched_param sp = {.sched_priority = 1};
+  pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp);
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
     for (int idle = 0; idle < 3;) {
       idle = drain_all(g) ? 0 : idle + 1;

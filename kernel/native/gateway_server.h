@@ -546,8 +546,12 @@ static void check_once(struct sy_gateway *g, struct report *r) {
 int sy_gw_check(struct sy_gateway *g, char *text, size_t len) {
   struct report r;
   /* A running program is between two steps somewhere at any moment; only what stays is wrong. */
-  for (int i = 0; i < 6; i++) {
+  for (int i = 0, pending = 1; i < 6 || (pending && i < 60); i++) {
     if (i) usleep(30000);
+    pthread_mutex_lock(&g->lock);
+    pending = 0;
+    for (uint32_t k = 0; k < g->nas; k++) pending |= g->as[k]->resync_at_ns != 0;
+    pthread_mutex_unlock(&g->lock);
     r = (struct report){text, len, 0, 0};
     if (len) text[0] = 0;
     check_once(g, &r);

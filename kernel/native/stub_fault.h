@@ -303,6 +303,10 @@ static int join_enclave(void) {
   long as = sys_mmap(0, SY_AS_BYTES, RW, MAP_SHARED | MAP_NORESERVE, f[0], 0), mg = sys_mmap(0, SY_MAG_BYTES, PROT_READ, MAP_SHARED, f[1], 0);
   long hd = sys_mmap(0, SY_HEADER_BYTES, PROT_READ, MAP_SHARED, f[2], 0), bl = sys_mmap(0, SY_BELL_BYTES, RW, MAP_SHARED, f[3], 0);
   if ((as | mg | hd | bl) < 0) return -1;
+  /* Core dumps hold the program's memory: frames that are mapped, not the empty arena, nor our tables. */
+  SYS(__NR_madvise, as, SY_AS_BYTES, MADV_DONTDUMP, 0, 0);
+  SYS(__NR_madvise, VA(brk_floor), (SY_BRK_PAGES - brk_floor) * PS, MADV_DONTDUMP, 0, 0);
+  SYS(__NR_madvise, VA(mmap_floor), (SY_ARENA_PAGES - mmap_floor) * PS, MADV_DONTDUMP, 0, 0);
   for (int i = 0; i < 4; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
   ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
   mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl;
