@@ -519,7 +519,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     release_frames(g, a, m.pfn, m.npages);
     break;
   case SY_MSG_PAGE_MOVED:
-    if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) { /* GRANTED: its PAGE_MAPPED was lost to an overflow */
+    if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
       bad(g, a);
       return;
     }
@@ -556,7 +556,8 @@ static void resync(struct sy_gateway *g, struct as *a) {
       if (!(st == SY_PTE_PRESENT || (st == SY_PTE_LOCKED && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || n >= a->frames) continue;
       if (g->frames[pfn].asid != a->asid) continue;
       named[n++] = (uint32_t)pfn;
-      if (g->frames[pfn].state == SY_FRAME_GRANTED && st == SY_PTE_PRESENT) map_frames(g, a, (uint32_t)pfn, 1, i);
+      int wrong = g->frames[pfn].state == SY_FRAME_GRANTED || (g->frames[pfn].state == SY_FRAME_MAPPED && g->frames[pfn].vpage != i);
+      if (wrong && st == SY_PTE_PRESENT) map_frames(g, a, (uint32_t)pfn, 1, i); /* its PAGE_MAPPED or PAGE_MOVED was lost */
     }
   }
   qsort(named, n, sizeof *named, cmp32);
