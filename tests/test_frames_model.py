@@ -627,3 +627,21 @@ def test_garbage_in_everything_a_client_may_write(real: Real) -> None:
     assert real.check() == ""
     good.die()
     assert real.check() == "" and (real.frames["state"] == FREE).all()
+
+
+def test_check_names_what_is_broken(real: Real) -> None:
+    """Words that name frames which are not theirs, and frames whose word was taken away, are found and named."""
+    a, b = Client(real), Client(real)
+    try:
+        pfn = a.pop(0)
+        vpage = a.map(pfn, 0, 1)
+        assert real.check() == ""
+        b.write_pte(77, pfn, 1, lib.SY_PTE_PRESENT)
+        assert f"page 77 of address space {b.asid} names frame {pfn}" in real.check()
+        b.clear(77, 1)
+        assert real.check() == ""
+        a.clear(vpage, 1)
+        assert f"frame {pfn} is MAPPED for address space {a.asid} at page {vpage}" in real.check()
+    finally:
+        a.die()
+        b.die()
