@@ -71,8 +71,9 @@ class Host:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
         """The record under a lock; written back atomically, removed when empty."""
-        with open(self.record.with_suffix(".lock"), "a") as lock:
-            os.chmod(lock.fileno(), 0o600)
+        with contextlib.ExitStack() as undo:
+            lock = os.open(self.record.parent, os.O_RDONLY | os.O_DIRECTORY)  # the directory itself: no file of ours stays
+            undo.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             state: dict[str, Any] = {"original": {}, "holders": {}}
             with contextlib.suppress(FileNotFoundError, ValueError):
