@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from bus.client import EVENTS, HIGH_WATER, REQUESTS, endpoint
 from bus.codec import BusError
 from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
+from kernel import host
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
 
 BATCH = 512  # events in one message: more is hardly faster, and this bounds what a slow subscriber can pile up
@@ -430,16 +430,6 @@ def _process(pid: int) -> tuple[str, int]:
     return values.get("Name", "").strip(), int(values.get("RssAnon", "0 kB").split()[0])
 
 
-def _host() -> Any:
-    """kernel.host, which changes what of the machine's settings the gateway needs and puts them back."""
-    try:
-        return importlib.import_module("kernel.host")
-    except ModuleNotFoundError as error:
-        if error.name != "kernel.host":
-            raise
-        return None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a gateway until SIGTERM. Exit status 0, or 1 with the reason in the log."""
     parser = argparse.ArgumentParser(prog="python -m kernel.gateway")
@@ -448,16 +438,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     ready = run_dir / "gateway.ready"
     ready.unlink(missing_ok=True)
-    host = _host()
     gateway: Gateway | None = None
     with contextlib.ExitStack() as undo:
         try:
             config = json.loads((run_dir / "config.json").read_text())
             if not isinstance(config, dict):
                 raise BusError("config.json is not an object")
-            if host is not None:
-                host.acquire(run_dir)
-                undo.callback(host.release, run_dir)
+            host.acquire(run_dir)
+            undo.callback(host.release, run_dir)
             gateway = Gateway(run_dir, config)
             undo.callback(gateway.close)
             undo.callback(ready.unlink, missing_ok=True)
