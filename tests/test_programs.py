@@ -69,11 +69,17 @@ def test_memory_is_really_managed(enclave: Enclave) -> None:
 
 
 def test_huge_pages(enclave: Enclave) -> None:
-    """A sequential toucher gets 2 MiB blocks, mapped by one entry each."""
-    code = "b=bytearray(128<<20); b[::4096]=b'x'*len(b[::4096]); print(sum(int(l.split()[1]) for l in open('/proc/self/smaps') if l.startswith('ShmemPmdMapped')))"
-    assert (
-        int(enclave.run([sys.executable, "-c", code]).stdout) >= 16 << 10
-    )  # the rest came while the magazine was being refilled
+    """A sequential toucher gets 2 MiB blocks, mapped by one entry each. It rests after each, as buddy refills in its own
+    time: how many a program finds that does not rest depends on the machine's speed (bench/memory.py measures that)."""
+    code = """
+import time
+b = memoryview(bytearray(64 << 20))
+for at in range(0, len(b), 2 << 20):
+    b[at : at + (2 << 20) : 4096] = b"x" * 512
+    time.sleep(0.05)
+print(sum(int(l.split()[1]) for l in open("/proc/self/smaps") if l.startswith("ShmemPmdMapped")))
+"""
+    assert int(enclave.run([sys.executable, "-c", code]).stdout) >= 32 << 10
 
 
 def test_threads_in_c(enclave: Enclave, compiled: Compiled) -> None:
