@@ -72,8 +72,8 @@ def test_huge_pages(enclave: Enclave) -> None:
     """A sequential toucher gets 2 MiB blocks, mapped by one entry each. It rests after each, as buddy refills in its own
     time: how many a program finds that does not rest depends on the machine's speed (bench/memory.py measures that)."""
     code = """
-import time
-b = memoryview(bytearray(64 << 20))
+import mmap, time
+b = memoryview(mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 for at in range(0, len(b), 2 << 20):
     b[at : at + (2 << 20) : 4096] = b"x" * 512
     time.sleep(0.05)
