@@ -16,7 +16,7 @@ from kernel.abi import names
 MESSAGES: dict[str, int] = {name: value for value, name in names("SY_MSG_").items()}
 
 _MEMBERS: dict[bytes, tuple[str, ...]] = {
-    b"mm": ("MM_NEW", "MM_EXIT", "MM_FORK", "MM_EXEC", "MM_MMAP", "MM_MUNMAP", "MM_MREMAP", "MM_MADVISE"),
+    b"mm": ("MM_NEW", "MM_EXIT", "MM_FORK", "MM_EXEC", "MM_MMAP", "MM_MUNMAP", "MM_MREMAP", "MM_MADVISE", "MM_RELEASE"),
     b"page": (
         "PAGE_FAULT", "PAGE_MAPPED", "PAGE_HINT", "PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_COW", "PAGE_MOVED",
     ),

@@ -6,7 +6,7 @@ fault noticing.
 
 Requests are a msgpack map ``{"t": KIND, ...}``, answered by ``{"ok": true, ...}`` or ``{"ok": false, "error": why}``; a
 ``rid`` is handed back. KIND is one of, from components: ``hello sync txn heartbeat goodbye``; from the command line:
-``status check buddyinfo fault-order low post-test``. Each is a method ``request_KIND`` of ``Gateway``.
+``status check buddyinfo fault-order low release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import zmq
 from numpy.typing import NDArray
 
@@ -42,6 +43,7 @@ RELAY = 256  # batches carried before requests have their turn; together what th
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
+MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
 COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
 # States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
@@ -390,6 +392,22 @@ class Gateway:
         if (status := lib.sy_gw_set_fault_order(self.gw, asid, order, largest)) < 0:
             raise BusError(f"fault order {order} up to {largest} for address space {asid}: {os.strerror(-status)}")
         return {}
+
+    def request_release(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """Turns the memory of process ``pid`` native, for good. It is done when its address space is gone from the
+        status. Answers with ``bytes``, what moves."""
+        pid = _u32(header, "pid")
+        space = next((a for a in self._address_spaces() if a["pid"] == pid), None)
+        if space is None:
+            raise BusError(f"process {pid} has no managed memory: `sylvie status` lists those that have")
+        moves, room = space["mapped"] * lib.SY_PAGE_SIZE, psutil.virtual_memory().available
+        if moves + MACHINE_KEEPS > room:
+            raise BusError(
+                f"process {pid} has {moves >> 20} MiB in frames, and the machine has {room >> 20} MiB available "
+                f"beside the enclave's: free {(moves + MACHINE_KEEPS - room) >> 20} MiB first"
+            )
+        lib.sy_gw_release(self.gw, space["asid"])
+        return {"asid": space["asid"], "bytes": moves}
 
     def request_low(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
         """Sets a magazine's low mark: ``asid`` (0: new address spaces), ``order``, ``low`` in blocks."""

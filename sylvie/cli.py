@@ -165,6 +165,21 @@ def events(ctx: click.Context, topic: str | None, count: int | None, as_json: bo
 
 
 @cli.command()
+@click.argument("pid", type=click.IntRange(1))
+@run_dir_option
+@click.pass_context
+def release(ctx: click.Context, pid: int, run_dir: str | None) -> None:
+    """Give a running program's memory to the kernel's own memory manager, for good; the program goes on.
+
+    \b
+    Example: sylvie release $(pgrep redis-server)
+    """
+    from sylvie import life
+
+    life.release(chosen(ctx, run_dir), pid)
+
+
+@cli.command()
 @click.argument("component")
 @click.argument("implementation")
 @run_dir_option

@@ -281,3 +281,17 @@ def restart(run_dir: Path, component: str) -> None:
         if "NOT_RUNNING" not in e.faultString:
             raise Problem(f"supervisord: {e.faultString}") from None
     s.startProcess(component, True)
+
+
+def release(run_dir: Path, pid: int) -> None:
+    """Turns process ``pid``'s memory native and waits until it is.
+
+    :raises Problem: it is not managed, or does not fit into the machine; it still is, or is not done after a minute
+    """
+    began = time.monotonic()
+    answer = control(run_dir, {"t": "release", "pid": pid})
+    while any(a["asid"] == answer["asid"] for a in control(run_dir, {"t": "status"})["address_spaces"]):
+        if time.monotonic() > began + PATIENCE:
+            raise Problem(f"process {pid} has not let go after {PATIENCE:.0f} s: is it stopped (state T in ps)?")
+        time.sleep(0.02)
+    print(f"{pid} runs natively: {answer['bytes'] >> 20} MiB moved in {time.monotonic() - began:.1f} s")

@@ -60,6 +60,7 @@ enum sy_msg_type {
   SY_MSG_RESERVE_LOW = 216,   /* order; npages = blocks of that order left in the gateway's reserve */
   SY_MSG_FRAMES_TAKEN = 217,  /* pfn, order, npages: the gateway's own first-fit allocator took FREE frames; asid or 0 */
   SY_MSG_PAGE_MOVED = 218,    /* stub -> gateway: mremap; pfn, npages; vpage = new */
+  SY_MSG_MM_RELEASE = 220,    /* asid; arg = the system call that needs it, or 0: asked for. The address space turns native */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -168,7 +169,7 @@ struct sy_as_ctl {
 
 /* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
-/* RELEASE: everything in the arena becomes native memory, and what comes later too. */
+/* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
 enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3 };
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
 /* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
@@ -216,7 +217,7 @@ struct sy_bell { uint32_t rung; };
 enum sy_counter {
   SY_CNT_REGISTERED = 0, SY_CNT_EXITED = 1, SY_CNT_URGENT = 2, SY_CNT_FIRST_FIT = 3, SY_CNT_GRANTS = 4,
   SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,
-  SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13
+  SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -255,7 +256,8 @@ enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL 
 /* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), ram of node 0, 1, … COMPONENT: header, frames. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
-enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3 };
+/* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */
+enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3, SY_REQ_RELEASED = 4 };
 struct sy_request { uint32_t kind; uint32_t order; uint64_t vpage; uint32_t tids[4]; };
 /* A command is announced by FUTEX_WAKE (shared) on mag.cmd_tail. */
 /* Keeper page: written by the gateway, so that the keeper can answer what a dead gateway left open. 0 = none. */

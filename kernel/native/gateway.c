@@ -7,6 +7,7 @@
  * held for bookkeeping only, never while memory is zeroed. `ev_lock` guards the event ring and is taken inside `lock`, never the
  * other way round. The server thread alone owns connections and notifications in flight. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -31,7 +32,7 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#include "../abi/sylvie.h"
+#include "sys.h" /* the ABI */
 #include "gateway.h"
 
 #ifndef MADV_POPULATE_WRITE
@@ -51,7 +52,7 @@
 #define POOL 8
 #define NONE 0xffffffffu
 
-enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY, CONN_STOP };
+enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY, CONN_POKE };
 
 struct as;
 struct conn {
@@ -82,14 +83,30 @@ struct as {
   uint32_t mag_head_seen[10];
   int dying;              /* socket hung up: freed once the mm is gone */
   uint64_t dying_since_ns, next_test_ns, test_step_ns;
-  uint32_t cmd_next;
+  uint64_t cmd_id;        /* last one sent */
+  uint32_t outstanding, release_nr;
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
+  int want_release;       /* sylvie release; under lock */
+  int released;           /* turned native: freed when its socket hangs up */
+  uint32_t tids[4];       /* of the service threads */
   uint32_t *suspect;      /* frames (pfn, barrier pairs) found unnamed in the first pass */
   uint64_t suspects;
   int resync_pass, resync_again;
 };
 
-struct pending { uint64_t cmd_id; struct as *as; struct conn *listener; uint64_t notif_id; uint64_t deadline_ns; int then_continue; };
+/* A command to a stub, and the system call (listener != NULL) that waits for it. There is no time-out: only a stopped program leaves a
+ * command undone, and its caller is as stopped. Once the address space is gone (as == NULL) only the end of its threads is awaited. */
+struct pending {
+  struct as *as;
+  struct conn *listener;
+  uint64_t notif_id, cmd_id; /* 0: not sent, the ring is full */
+  uint32_t op, nr;
+  uint64_t args[6];
+  pid_t pid;
+  uint32_t tids[4];
+};
+/* A process that let the kernel hold its memory before it joined: it must not join. */
+struct marked { pid_t pid; uint64_t born; };
 
 struct sy_gateway {
   char run_dir[92], sock_path[108];
@@ -124,9 +141,11 @@ struct sy_gateway {
 
   pthread_t server, drain, populate;
   int have_server, have_drain, have_populate;
-  int stopping, ep, listen_fd, stop_fd;
-  struct pending pend[256];
-  int npend;
+  int stopping, ep, listen_fd, poke_fd;
+  struct pending *pend;
+  int npend, pend_cap;
+  struct marked marked[64];
+  unsigned nmarked;
   uint64_t cmd_id;
   struct seccomp_notif_sizes sizes;
 };

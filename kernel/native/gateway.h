@@ -23,6 +23,9 @@ void sy_gw_post_test(struct sy_gateway *gw, uint32_t n);
 /* Carries out n operations for one component; fills ops[i].result. Number COMPLETE. */
 int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, int n);
 
+/* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */
+int sy_gw_release(struct sy_gateway *gw, uint32_t asid);
+
 int sy_gw_as_list(struct sy_gateway *gw, struct sy_as_info *out, int max);
 /* Blocks held in the reserve, per order 0..10. */
 void sy_gw_reserve_levels(struct sy_gateway *gw, uint32_t *levels);

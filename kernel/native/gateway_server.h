@@ -72,6 +72,62 @@ static void welcome(struct sy_gateway *g, int sock, uint32_t status, uint32_t as
   send_fds(sock, &w, sizeof w, fd, n);
 }
 
+/* ---------------------------------------------------------------- what /proc says of a process */
+/* One field of /proc/PID/status, or -1. */
+static long status_field(pid_t pid, const char *name) {
+  char p[64], b[1024];
+  snprintf(p, sizeof p, "/proc/%d/status", pid);
+  int fd = open(p, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return -1;
+  ssize_t r = read(fd, b, sizeof b - 1);
+  close(fd);
+  if (r <= 0) return -1;
+  b[r] = 0;
+  char *q = strstr(b, name);
+  return q ? atol(q + strlen(name)) : -1;
+}
+static uint64_t born(pid_t pid) { /* start time: tells a process from an earlier one of that number */
+  char p[64], b[1024];
+  snprintf(p, sizeof p, "/proc/%d/stat", pid);
+  int fd = open(p, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return 0;
+  ssize_t r = read(fd, b, sizeof b - 1);
+  close(fd);
+  if (r <= 0) return 0;
+  b[r] = 0;
+  char *q = strrchr(b, ')');
+  for (int field = 2; q && field < 22; field++) q = strchr(q + 1, ' ');
+  return q ? strtoull(q, NULL, 10) : 0;
+}
+static void mark(struct sy_gateway *g, pid_t pid) { g->marked[g->nmarked++ % 64] = (struct marked){pid, born(pid)}; }
+/* May the kernel hold memory of this process by reference? Its descriptors tell, also those that it inherited. */
+#define MANY_DESCRIPTORS 1024 /* more are not looked through: this thread serves faults */
+static int holds_references(struct sy_gateway *g, pid_t pid) {
+  char p[320], b[256];
+  for (unsigned i = 0; i < 64 && i < g->nmarked; i++)
+    if (g->marked[i].pid == pid && g->marked[i].born == born(pid)) return 1;
+  snprintf(p, sizeof p, "/proc/%d/fdinfo", pid);
+  DIR *d = opendir(p);
+  int found = 0, n = 0;
+  if (!d) return 0;
+  for (struct dirent *e; !found && (e = readdir(d));) {
+    if (e->d_name[0] == '.') continue;
+    snprintf(p, sizeof p, "/proc/%d/fdinfo/%s", pid, e->d_name);
+    int fd = open(p, O_RDONLY | O_CLOEXEC);
+    ssize_t r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
+    if (fd >= 0) close(fd);
+    b[r > 0 ? r : 0] = 0;
+    char *f = strstr(b, "flags:");
+    found = ++n > MANY_DESCRIPTORS || (f && strtoul(f + 6, NULL, 8) & SY_O_DIRECT);
+    snprintf(p, sizeof p, "/proc/%d/fd/%s", pid, e->d_name);
+    r = readlink(p, b, sizeof b - 1);
+    b[r > 0 ? r : 0] = 0;
+    found |= !strcmp(b, "anon_inode:[io_uring]");
+  }
+  closedir(d);
+  return found;
+}
+
 static void hello(struct sy_gateway *g, struct conn *c) {
   struct sy_hello h;
   int fd[4], n;
@@ -124,6 +180,11 @@ static void hello(struct sy_gateway *g, struct conn *c) {
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
     }
+    if (holds_references(g, cred.pid)) { /* docs/decisions/0005 */
+      count(g, SY_CNT_REFUSED, 1);
+      welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
+      goto refuse;
+    }
     struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM |
                                                           UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_THREAD_ID};
     struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0]);
@@ -152,40 +213,87 @@ static void answer_notif(struct conn *lc, uint64_t id, int64_t val, int error, i
     for (int i = 0; i < SY_KEEPER_INFLIGHT; i++)
       if (lc->peer->page->inflight[i] == id) lc->peer->page->inflight[i] = 0;
 }
+static int thread_there(pid_t pid, uint32_t tid) {
+  char p[64];
+  snprintf(p, sizeof p, "/proc/%d/task/%u", pid, tid);
+  return tid && access(p, F_OK) == 0;
+}
+/* The answer to a caller whose address space has been released: once the service threads are no more, as what it calls may be for a
+ * process of one thread only. 0: not yet. */
+static int answer_released(struct pending *p) {
+  for (int i = 0; i < 4; i++)
+    if (thread_there(p->pid, p->tids[i])) return 0;
+  if (p->listener) answer_notif(p->listener, p->notif_id, 0, 0, 1);
+  return 1;
+}
+static void send_command(struct as *a, struct pending *p) {
+  struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
+  p->cmd_id = ++a->cmd_id;
+  c->id = p->cmd_id, c->op = p->op, c->nr = p->nr;
+  memcpy(c->args, p->args, sizeof c->args);
+  a->outstanding++;
+  __atomic_store_n(&a->mag->cmd_tail, a->mag->cmd_tail + 1, __ATOMIC_SEQ_CST);
+  futex_wake_all(&a->mag->cmd_tail);
+}
+/* Answers the callers whose commands the stub of `a` has carried out; all: it will carry out no more. */
 static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
-  uint64_t now = now_ns();
   for (int i = 0; i < g->npend; i++) {
     struct pending *p = &g->pend[i];
-    int mine = p->as == a;
-    struct sy_cmd_done *d = p->as ? &p->as->ctl->done[p->cmd_id % SY_CMD_SLOTS] : NULL;
-    if (mine && !all && __atomic_load_n(&d->id, __ATOMIC_ACQUIRE) == p->cmd_id) {
-      int64_t r = d->result;
-      if (p->then_continue) answer_notif(p->listener, p->notif_id, 0, r ? -EAGAIN : 0, r == 0);
-      else if (r < 0 && r > -4096) answer_notif(p->listener, p->notif_id, 0, (int)r, 0);
-      else answer_notif(p->listener, p->notif_id, r, 0, 0);
-    } else if ((mine && all) || now > p->deadline_ns)
-      /* Nobody in there answers. The call must not wait for ever; it fails rather than act on mappings behind the stub's back. */
-      answer_notif(p->listener, p->notif_id, 0, -EAGAIN, 0);
-    else
-      continue;
+    if (p->as && p->as != a) continue;
+    if (p->as) {
+      struct sy_cmd_done *d = &a->ctl->done[p->cmd_id % SY_CMD_SLOTS];
+      int done = p->cmd_id && __atomic_load_n(&d->id, __ATOMIC_ACQUIRE) == p->cmd_id;
+      int64_t r = done ? d->result : -EAGAIN;
+      if (!done && !all) continue;
+      if (p->op == SY_CMD_RELEASE && (all ? a->released : r == 0)) {
+        if (!all) continue; /* its socket hangs up next */
+        p->as = NULL, p->pid = a->pid;
+        memcpy(p->tids, a->tids, sizeof p->tids);
+      } else {
+        if (p->cmd_id) a->outstanding--;
+        if (p->listener) {
+          int failed = r < 0 && r > -4096, go_on = !failed && p->op == SY_CMD_RELEASE;
+          answer_notif(p->listener, p->notif_id, failed || go_on ? 0 : r, failed ? (int)r : 0, go_on);
+        }
+      }
+    }
+    if (!p->as && !answer_released(p)) continue;
     *p = g->pend[--g->npend];
     i--;
   }
+  for (int i = 0; a && !all && i < g->npend && a->outstanding < SY_CMD_SLOTS; i++)
+    if (g->pend[i].as == a && !g->pend[i].cmd_id) send_command(a, &g->pend[i]);
 }
-static struct as *as_of_pid(struct sy_gateway *g, pid_t tid) {
-  char p[64], b[1024];
-  snprintf(p, sizeof p, "/proc/%d/status", tid);
-  int fd = open(p, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return NULL;
-  ssize_t r = read(fd, b, sizeof b - 1);
-  close(fd);
-  if (r <= 0) return NULL;
-  b[r] = 0;
-  char *q = strstr(b, "\nTgid:");
-  pid_t tgid = q ? atoi(q + 6) : -1;
+static struct as *as_of_process(struct sy_gateway *g, pid_t pid) {
   for (uint32_t i = g->nas; i-- > 0;) /* the newest of that pid */
-    if (g->as[i]->pid == tgid && !g->as[i]->dying) return g->as[i];
+    if (g->as[i]->pid == pid && !g->as[i]->dying) return g->as[i];
   return NULL;
+}
+/* What becomes native must fit into the machine beside the enclave's RAM, which stays as large as it is. */
+#define MACHINE_KEEPS (64ull << 20)
+static int fits_machine(uint64_t bytes) {
+  char b[512];
+  int fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+  ssize_t r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
+  if (fd >= 0) close(fd);
+  b[r > 0 ? r : 0] = 0;
+  char *q = strstr(b, "MemAvailable:");
+  return !q || strtoull(q + 13, NULL, 10) * 1024 > bytes + MACHINE_KEEPS;
+}
+/* Queues a command. listener NULL: nobody waits for it. -1: no memory. */
+static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, const uint64_t *args, struct conn *listener, uint64_t notif_id) {
+  if (g->npend == g->pend_cap) {
+    int cap = g->pend_cap ? g->pend_cap * 2 : 64;
+    struct pending *more = realloc(g->pend, (size_t)cap * sizeof *more);
+    if (!more) return -1;
+    g->pend = more, g->pend_cap = cap;
+  }
+  struct pending *p = &g->pend[g->npend++];
+  *p = (struct pending){.as = a, .listener = listener, .notif_id = notif_id, .op = op, .nr = (uint32_t)nr};
+  if (args) memcpy(p->args, args, sizeof p->args);
+  if (op == SY_CMD_RELEASE) a->release_nr = (uint32_t)nr;
+  if (a->outstanding < SY_CMD_SLOTS) send_command(a, p); /* else when one of those is done */
+  return 0;
 }
 static void notification(struct sy_gateway *g, struct conn *lc) {
   union { struct seccomp_notif n; char room[256]; } u;
@@ -198,23 +306,26 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
       break;
     }
   count(g, SY_CNT_NOTIFICATIONS, 1);
-  pthread_mutex_lock(&g->lock);
-  struct as *a = as_of_pid(g, (pid_t)u.n.pid);
-  pthread_mutex_unlock(&g->lock);
   int nr = u.n.data.nr;
-  if (!a || g->npend == (int)(sizeof g->pend / sizeof *g->pend)) {
+  pid_t pid = (pid_t)status_field((pid_t)u.n.pid, "\nTgid:");
+  int release = 1; /* what could not be done on memory that is not the kernel's own */
+  switch (nr) {
+  case SYS_mmap: case SYS_munmap: case SYS_mremap: case SYS_madvise: case SYS_mprotect: case SYS_pkey_mprotect: case SYS_mlock: case SYS_mlock2: case SYS_munlock:
+  case SYS_mincore: case __NR_mseal: release = 0; break;
+  case SYS_io_setup: case SYS_setsockopt: case SYS_userfaultfd: /* leave no trace among the descriptors, or not of whose memory they mean */
+    if (!as_of_process(g, pid)) mark(g, pid);
+    break;
+  case SYS_prlimit64: /* may be meant for somebody else */
+    if (u.n.data.args[0]) pid = (pid_t)u.n.data.args[0];
+    break;
+  }
+  struct as *a = as_of_process(g, pid);
+  if (a && release && !fits_machine(a->mapped * PS))
+    answer_notif(lc, u.n.id, 0, -ENOMEM, 0);
+  else if (!a || command(g, a, release ? SY_CMD_RELEASE : SY_CMD_SYSCALL, nr, (const uint64_t *)u.n.data.args, lc, u.n.id)) {
     count(g, SY_CNT_CONTINUED, 1);
     answer_notif(lc, u.n.id, 0, 0, 1);
-    return;
   }
-  struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
-  /* A process made past libc would share frames with its parent: its address space is released first. */
-  int fork = nr == SYS_clone || nr == SYS_fork;
-  c->id = ++g->cmd_id, c->op = fork ? SY_CMD_RELEASE : SY_CMD_SYSCALL, c->nr = (uint32_t)nr;
-  for (int i = 0; i < 6; i++) c->args[i] = u.n.data.args[i];
-  g->pend[g->npend++] = (struct pending){g->cmd_id, a, lc, u.n.id, now_ns() + 10000000000ull, fork};
-  __atomic_store_n(&a->mag->cmd_tail, a->mag->cmd_tail + 1, __ATOMIC_SEQ_CST);
-  futex_wake_all(&a->mag->cmd_tail);
 }
 
 static void stub_request(struct sy_gateway *g, struct conn *c) {
@@ -226,6 +337,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   struct as *a = c->as;
   if (r == 0) {
     a->dying = 1, a->dying_since_ns = now_ns(), a->next_test_ns = 0, a->test_step_ns = 200000;
+    if (a->released) count(g, SY_CNT_RELEASED, 1);
     finish_commands(g, a, 1);
     c->as = NULL;
     drop_conn(c);
@@ -240,10 +352,8 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   switch (q.kind) {
   case SY_REQ_READY:
     for (int i = 0; i < 4; i++) {
-      char p[64];
-      if (!q.tids[i]) continue;
-      snprintf(p, sizeof p, "/proc/%d/task/%u", c->pid, q.tids[i]);
-      if (access(p, F_OK)) continue; /* not a thread of that process: a lie, or another pid namespace */
+      if (!thread_there(c->pid, q.tids[i])) continue; /* not a thread of that process: a lie, or another pid namespace */
+      a->tids[i] = q.tids[i];
       struct sched_param sp = {.sched_priority = SERVICE_PRIORITY};
       sched_setscheduler((pid_t)q.tids[i], SCHED_FIFO | SCHED_RESET_ON_FORK, &sp);
     }
@@ -270,6 +380,10 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
     break;
   }
   case SY_REQ_CMD_DONE: finish_commands(g, a, 0); break;
+  case SY_REQ_RELEASED:
+    a->released = 1;
+    event(g, (struct sy_msg){.type = SY_MSG_MM_RELEASE, .asid = a->asid, .arg = a->release_nr});
+    break;
   default:
     pthread_mutex_lock(&g->lock);
     bad(g, a);
@@ -286,7 +400,7 @@ static int test_dying(struct sy_gateway *g) {
     if (a->next_test_ns <= now) {
       /* Killed in the middle of a fork: the child is still copying from these frames. It cannot take for ever: it may be dead too. */
       int copying = a->ctl->fork_active && !a->ctl->fork_done && now < a->dying_since_ns + 10000000000ull;
-      if (!copying && mm_gone(a)) {
+      if (!copying && (a->released || mm_gone(a))) {
         bury(g, a);
         i--;
         continue;
@@ -296,8 +410,22 @@ static int test_dying(struct sy_gateway *g) {
     }
     if (!next || a->next_test_ns < next) next = a->next_test_ns;
   }
-  if (g->npend && (!next || next > now + 100000000)) next = now + 100000000;
+  for (int i = 0; i < g->npend; i++)
+    if (!g->pend[i].as) next = now + 1000000; /* threads that end */
   return next ? (int)((next - now) / 1000000) + 1 : -1;
+}
+
+/* Another thread of ours wants something: to stop, or what it noted at an address space. */
+static void poked(struct sy_gateway *g, struct conn *c) {
+  uint64_t x;
+  if (read(c->fd, &x, 8) < 0) return;
+  for (uint32_t i = 0; i < g->nas; i++) {
+    pthread_mutex_lock(&g->lock);
+    int want = g->as[i]->want_release;
+    g->as[i]->want_release = 0;
+    pthread_mutex_unlock(&g->lock);
+    if (want && !g->as[i]->dying && fits_machine(g->as[i]->mapped * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
+  }
 }
 
 static void *server_thread(void *arg) {
@@ -307,7 +435,7 @@ static void *server_thread(void *arg) {
   struct epoll_event ev[64];
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
     int n = epoll_wait(g->ep, ev, 64, test_dying(g));
-    if (g->npend) finish_commands(g, NULL, 0);
+    finish_commands(g, NULL, 0);
     for (int i = 0; i < n; i++) {
       struct conn *c = ev[i].data.ptr;
       if (c->dead) continue;
@@ -324,7 +452,7 @@ static void *server_thread(void *arg) {
         for (int j = 0; j < k; j++) close(fd[j]);
         if (r >= 0) { /* it has nothing to say; 0: the tree has ended */
           for (int j = 0; j < g->npend; j++)
-            if (g->pend[j].listener == c->peer) g->pend[j--] = g->pend[--g->npend];
+            if (g->pend[j].listener == c->peer) g->pend[j].listener = NULL;
           drop_conn(c);
         }
         break;
@@ -333,7 +461,7 @@ static void *server_thread(void *arg) {
         if (ev[i].events & EPOLLIN) notification(g, c);
         else epoll_ctl(g->ep, EPOLL_CTL_DEL, c->fd, NULL); /* the last process has gone; the keeper's end follows */
         break;
-      case CONN_STOP: break;
+      case CONN_POKE: poked(g, c); break;
       }
     }
     while (dead_list) {
@@ -346,6 +474,19 @@ static void *server_thread(void *arg) {
 }
 
 /* ---------------------------------------------------------------- transactions */
+static void poke(struct sy_gateway *g) {
+  uint64_t one = 1;
+  if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
+  }
+}
+int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
+  pthread_mutex_lock(&g->lock);
+  struct as *a = find_as(g, asid);
+  if (a) a->want_release = 1;
+  pthread_mutex_unlock(&g->lock);
+  if (a) poke(g);
+  return a ? 0 : -ESRCH;
+}
 static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: who may */
   switch (op) {
   case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
@@ -600,7 +741,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   struct sy_gateway *g = calloc(1, sizeof *g);
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
-  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->stop_fd = -1;
+  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = -1;
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
   pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
   if (nodes < 1 || nodes > SY_MAX_NODES) FAIL("%u nodes wanted: 1 to %d are possible", nodes, SY_MAX_NODES);
@@ -638,14 +779,14 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
     for (uint64_t f = 0; f < per; f++) g->frames[g->node[i].base + f].node = (uint8_t)i;
   }
 
-  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);
   unlink(g->sock_path);
-  if (g->ev_fd < 0 || g->ep < 0 || g->stop_fd < 0 || g->listen_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
+  if (g->ev_fd < 0 || g->ep < 0 || g->poke_fd < 0 || g->listen_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
   if (bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || chmod(g->sock_path, 0666) || listen(g->listen_fd, 1024)) FAIL("cannot listen on %s: %s", g->sock_path, strerror(errno));
-  if (!add_conn(g, g->listen_fd, CONN_LISTEN) || !add_conn(g, g->stop_fd, CONN_STOP)) FAIL("epoll: %s", strerror(errno));
+  if (!add_conn(g, g->listen_fd, CONN_LISTEN) || !add_conn(g, g->poke_fd, CONN_POKE)) FAIL("epoll: %s", strerror(errno));
   return g;
 }
 int sy_gw_start(struct sy_gateway *g) {
@@ -665,9 +806,7 @@ int sy_gw_start(struct sy_gateway *g) {
 void sy_gw_stop(struct sy_gateway *g) {
   if (!g) return;
   __atomic_store_n(&g->stopping, 1, __ATOMIC_RELEASE);
-  uint64_t one = 1;
-  if (g->stop_fd >= 0 && write(g->stop_fd, &one, 8) < 0) { /* already signalled */
-  }
+  poke(g);
   if (g->have_populate) pthread_join(g->populate, NULL);
   if (g->have_server) pthread_join(g->server, NULL);
   if (g->have_drain) pthread_join(g->drain, NULL);

@@ -138,8 +138,7 @@ static void first_touch(int me, uint64_t p, int write) {
       STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME | keep);
     }
     STORE(ctl->in_hand[me], SY_NO_FRAME);
-    uint32_t nd = 0;
-    while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
+    uint32_t nd = node_of(pfn);
     long r = sys_mmap(VA(first), use * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
     if (r < 0 && r > -4096) { /* too many mappings, or no memory for page tables: the frames go back, the page goes native */
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_LOCKED | (LOAD(pte[first + i]) & SY_PTE_STALE));
@@ -202,6 +201,9 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
   }
 }
 
+static uintptr_t bait; /* see end_threads */
+static long fault_threads;
+
 static void fault_thread(long me) {
   uint64_t cpu = 1ull << me;
   if (SYS(__NR_sched_getaffinity, 0, 8, &cpu, 0, 0) > 0) { /* one thread a CPU: a wake on the faulting CPU is the cheap one */
@@ -217,6 +219,13 @@ static void fault_thread(long me) {
     if (r <= 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
     for (long i = 0; i * (long)sizeof *m < r; i++) {
       if (m[i].event != UFFD_EVENT_PAGEFAULT) continue;
+      if (LOAD(mode) == NATIVE) { /* released: faults of before look again, and the one of the command thread's bait ends us */
+        uint64_t at = m[i].arg.pagefault.address & ~(PS - 1);
+        struct uffdio_zeropage z = {.range = {at, PS}};
+        if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+        wake(PAGE(at), 1);
+        continue;
+      }
       __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
       if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
@@ -229,6 +238,33 @@ static void fault_thread(long me) {
 static long emulate(long nr, long *a);
 static long release_all(void);
 
+/* The arena is the kernel's again, and nobody reads its faults any more: one fault each ends the threads that do, then this one. */
+static void end_threads(void) {
+  struct sy_request q = {.kind = SY_REQ_RELEASED};
+  bait = (uintptr_t)sys_mmap(0, SY_SERVICE_THREADS * PS, RW, ANON, -1, 0);
+  struct uffdio_register r = {.range = {bait, SY_SERVICE_THREADS * PS}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+  if ((long)bait < 0 || SYS(__NR_ioctl, fd_uffd, UFFDIO_REGISTER, &r, 0, 0) < 0) return; /* no memory for two pages: they stay */
+  for (long i = 0; i < fault_threads; i++) *(volatile char *)(bait + (uintptr_t)i * PS);
+  SYS(__NR_munmap, bait, SY_SERVICE_THREADS * PS, 0, 0, 0);
+  SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+  SYS(__NR_exit, 0, 0, 0, 0, 0);
+}
+
+/* Must memory be the kernel's own for this call? 0 where its arguments, behind a pointer, say otherwise. */
+static int needs_release(long nr, const long *a) {
+  uint64_t arg[2] = {0};
+  const long *at = nr == __NR_openat2 || nr == __NR_prlimit64 ? a + 2 : nr == __NR_setrlimit ? a + 1 : 0;
+  struct iovec here = {arg, sizeof arg}, there = {at ? (void *)*at : 0, sizeof arg};
+  /* Not a plain read: the address may be wrong. */
+  if (!at || sys6(__NR_process_vm_readv, SYS(__NR_getpid, 0, 0, 0, 0, 0), (long)&here, 1, (long)&there, 1, 0) != sizeof arg) return !at;
+  if (nr == __NR_openat2) return (arg[0] & SY_O_DIRECT) != 0;
+  return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
+}
+
 static void run_command(const volatile struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
   for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
@@ -239,10 +275,14 @@ static void run_command(const volatile struct sy_cmd *c) {
     r = emulate(c->nr, a);
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
-    while (!trylock())
-      if (!serve_request()) nap(20);
-    r = mode == MANAGED ? release_all() : 0;
-    unlock();
+    r = 1;
+    if (needs_release(c->nr, a)) {
+      while (!trylock())
+        if (!serve_request()) nap(20);
+      r = release_all();
+      unlock();
+      if (!r) end_threads();
+    }
   } else if (c->op == SY_CMD_PING)
     r = 0;
   struct sy_cmd_done *d = &ctl->done[c->id % SY_CMD_SLOTS];
@@ -324,6 +364,7 @@ static void command_thread(long unused) {
   if (SYS(__NR_close_range, 0, ~0U, 0, 0, 0) < 0)
     for (int i = 0; i < 4096; i++) SYS(__NR_close, i, 0, 0, 0, 0);
   int ok = join_enclave() == 0;
+  fault_threads = 0;
   if (ok) {
     mode = MANAGED;
     struct sy_request q = {.kind = SY_REQ_READY};
@@ -331,7 +372,7 @@ static void command_thread(long unused) {
     for (long i = 0; ok && i < SY_SERVICE_THREADS; i++) {
       int t = start_thread(fault_thread, i, fault_stack[i] + sizeof fault_stack[i], THREAD | CLONE_FILES);
       if (t < 0) ok = i > 0; /* one is enough */
-      else q.tids[1 + i] = (uint32_t)t;
+      else q.tids[1 + i] = (uint32_t)t, fault_threads++;
     }
     if (ok) SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   }

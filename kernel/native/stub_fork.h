@@ -53,24 +53,43 @@ static void now_native(uint64_t p, uint64_t n) {
   }
 }
 
+/* Content of [p, p + n), PRESENT, to `to`: from the frames themselves, as protecting a huge mapping has dropped its entries, and the faults
+ * of whoever reads there wait for us. */
+static long copy_frames(char *to, uint64_t p, uint64_t n) {
+  for (uint64_t i = 0, k; i < n; i += k) {
+    uint64_t pfn = LOAD(pte[p + i]) >> SY_PTE_PFN_SHIFT;
+    uint32_t nd = node_of((uint32_t)pfn);
+    for (k = 1; i + k < n && LOAD(pte[p + i + k]) >> SY_PTE_PFN_SHIFT == pfn + k;) k++; /* (a block lies in one node) */
+    if (pfn + k > node[nd].base + node[nd].frames) k = node[nd].base + node[nd].frames - pfn;
+    long w = sys_mmap(0, k * PS, PROT_READ, MAP_SHARED | MAP_POPULATE, fd_ram[nd], (pfn - node[nd].base) * PS);
+    if (w < 0) return w;
+    memcpy(to + i * PS, (void *)w, k * PS);
+    SYS(__NR_munmap, w, k * PS, 0, 0, 0);
+  }
+  return 0;
+}
+
 /* Makes [p, p + n), mapped alike, native memory with the same content, in one step for whoever touches it. */
 static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (a & A_FOREIGN) return 0;
-  if (a & A_DONTFORK) {
+  if ((a & A_DONTFORK) && !releasing) {
     memset(attr + p, 0, n);
     return SYS(__NR_munmap, VA(p), n * PS, 0, 0, 0);
   }
   long t = sys_mmap(0, n * PS, RW, ANON, -1, 0);
   if (t < 0) return t;
-  for (uint64_t end = p + n, i = next_used(p, end); i < end && !(a & A_WIPEONFORK); i = next_used(i, end)) {
+  for (uint64_t end = p + n, i = next_used(p, end); i < end && (releasing || !(a & A_WIPEONFORK)); i = next_used(i, end)) {
     uint64_t k = 0;
-    int odd = 0;
+    int odd = 0, kind = SY_PTE_NONE;
     for (; i + k < end && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]); k++) {
       word_t w = LOAD(pte[i + k]), st = w & SY_PTE_STATE_MASK;
-      if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
-      odd |= (w & W_KPROT) != 0;
+      if ((st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) || (releasing && k && (int)st != kind)) break;
+      odd |= (w & W_KPROT) != 0, kind = (int)st;
     }
-    if (k) {
+    if (k && releasing && kind == SY_PTE_PRESENT) {
+      long r = copy_frames((char *)t + (i - p) * PS, i, k);
+      if (r < 0) return SYS(__NR_munmap, t, n * PS, 0, 0, 0), r;
+    } else if (k) {
       if (odd && !(A_PROT(a) & PROT_READ)) SYS(__NR_mprotect, VA(i), k * PS, PROT_READ, 0, 0);
       memcpy((char *)t + (i - p) * PS, (void *)VA(i), k * PS);
     }
@@ -79,6 +98,8 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (A_PROT(a) != RW) SYS(__NR_mprotect, t, n * PS, A_PROT(a), 0, 0);
   long r = SYS(__NR_mremap, t, n * PS, n * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
   if (r < 0) return r;
+  if (a & A_WIPEONFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_WIPEONFORK, 0, 0);
+  if (a & A_DONTFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_DONTFORK, 0, 0);
   if (releasing) now_native(p, n);
   return 0;
 }

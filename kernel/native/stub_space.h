@@ -1,5 +1,10 @@
 /* stub, part 2: the address space — what Linux keeps in VMAs — and the memory calls on it. Everything here runs under mm_lock. */
 
+static uint32_t node_of(uint32_t pfn) {
+  uint32_t nd = 0;
+  while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
+  return nd;
+}
 /* Pages that a forked child inherited are the kernel's own (see stub_fork.h). */
 static int is_native(uint64_t p) { return p < SY_BRK_PAGES ? p < brk_floor : p < mmap_floor; }
 static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
@@ -465,7 +470,7 @@ static long move_request(void *arg) {
       i++;
       continue;
     }
-    uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT), nd = 0;
+    uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
       if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k) break;
@@ -476,7 +481,7 @@ static long move_request(void *arg) {
     STORE(chunks[(j + k - 1) / SY_CHUNK_PAGES], 1);
     word_t flag = m->prot != RW ? W_KPROT : 0;
     if (st == SY_PTE_PRESENT) {
-      while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
+      uint32_t nd = node_of(pfn);
       sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
       uffd_register(j, k, UFFD_FRAME);
       post(SY_MSG_PAGE_MOVED, j, pfn, k, 0, 0, 0);

@@ -6,6 +6,8 @@
 #include <asm/unistd.h>
 #include "../abi/sylvie.h"
 
+#define SY_O_DIRECT 040000 /* as the kernel has it on x86-64, whatever the C library's feature macros say */
+
 static inline long sys6(long n, long a, long b, long c, long d, long e, long f) {
   long r;
   register long r10 __asm__("r10") = d;

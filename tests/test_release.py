@@ -1,0 +1,149 @@
+"""The way out: an address space turns native, in place, while its program runs (docs/decisions/0005)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Enclave, wait_for
+
+Compiled = Callable[[str], Path]
+NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+
+
+def both(enclave: Enclave, cmd: list[Any]) -> str:
+    """Output of cmd managed, which must be that of the native run."""
+    native = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=60)
+    managed = enclave.run(cmd, timeout=60)
+    assert (managed.returncode, managed.stdout, managed.stderr) == (native.returncode, native.stdout, native.stderr)
+    return managed.stdout
+
+
+def released(enclave: Enclave) -> int:
+    return int(enclave.status()["counters"]["released"])
+
+
+@pytest.mark.parametrize("way", ["vmsplice", "zerocopy", "uring", "direct", "aio"])
+def test_memory_that_the_kernel_holds(enclave: Enclave, compiled: Compiled, way: str) -> None:
+    """It is unmapped, and everything free is written over, while the kernel still has it."""
+    before = released(enclave)
+    out = both(enclave, [compiled("kernel_refs"), way, "/var/tmp"])
+    assert out.count(": 0 of ") == 2, out
+    assert released(enclave) == before + 1, "the memory was not managed when the kernel took hold of it"
+
+
+def test_memory_that_the_kernel_holds_for_an_ordinary_user(enclave: Enclave, compiled: Compiled) -> None:
+    for way in ("vmsplice", "direct", "aio"):
+        assert both(enclave, [*NOBODY, compiled("kernel_refs"), way, "/var/tmp"]).count(": 0 of ") == 2
+
+
+def test_descriptors_that_a_program_inherits(enclave: Enclave) -> None:
+    """O_DIRECT set by a parent: the program's memory must not be frames, as nobody sees it take hold of them."""
+    code = "import os; b=bytearray(8<<20); print(sum('sylvie-ram' in l for l in open('/proc/self/maps')) > 0)"
+    path = Path("/var/tmp") / f"sylvie-direct-{os.getpid()}"
+    try:
+        for flags, managed in ((0, "True\n"), (os.O_DIRECT, "False\n")):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | flags)
+            assert enclave.run([sys.executable, "-c", code], pass_fds=[fd]).stdout == managed
+            os.close(fd)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+CALLS = {
+    "unshare": "assert libc.unshare(0x10000000) == 0, ctypes.get_errno()",
+    "setns": "fd = os.open('/proc/self/ns/mnt', os.O_RDONLY); assert libc.setns(fd, 0) == 0, ctypes.get_errno()",
+    "limit of address space": "resource.setrlimit(resource.RLIMIT_AS, (300 << 20, -1))\n"
+    "try: bytearray(400 << 20); print('too much')\nexcept MemoryError: print('MemoryError')\n"
+    "print(resource.getrlimit(resource.RLIMIT_AS))",
+    "limit of data": "resource.setrlimit(resource.RLIMIT_DATA, (300 << 20, -1))\n"
+    "try: bytearray(400 << 20); print('too much')\nexcept MemoryError: print('MemoryError')",
+    "limit as seen by a child": "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+    "print(subprocess.run('ulimit -v', shell=True, capture_output=True).stdout)",
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_would_see_a_difference(enclave: Enclave, name: str) -> None:
+    code = f"""
+import ctypes, os, resource, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+b = bytearray(b"x") * (32 << 20)
+{CALLS[name]}
+c = bytearray(b"y") * (8 << 20)
+print(b.count(b"x"), c.count(b"y"), len(os.listdir("/proc/self/task")))
+"""
+    assert "33554432 8388608 1" in both(enclave, [sys.executable, "-c", code])
+
+
+def test_limits_that_limit_nothing_release_nothing(enclave: Enclave) -> None:
+    before = released(enclave)
+    code = "import resource; b = bytearray(8 << 20); resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); print(len(b))"
+    assert enclave.run([sys.executable, "-c", code]).stdout == "8388608\n"
+    assert released(enclave) == before
+
+
+BUSY = """
+import hashlib, random, sys, threading
+stop, bad = False, []
+def work(seed):
+    r = random.Random(seed)
+    pieces = {}
+    while not stop:
+        k = r.randrange(40)
+        if k in pieces and hashlib.blake2b(pieces[k][0]).digest() != pieces[k][1]: bad.append(k)
+        b = bytearray(r.randbytes(64)) * r.randrange(1, 40000)
+        pieces[k] = b, hashlib.blake2b(b).digest()
+threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+for t in threads: t.start()
+print("working", flush=True)
+input()
+stop = True
+for t in threads: t.join()
+print("bad", bad)
+"""
+
+
+def test_sylvie_release_under_load(enclave: Enclave) -> None:
+    for _ in range(5):
+        p = enclave.popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE)
+        assert p.stdout and p.stdin and p.stdout.readline() == "working\n"
+        wait_for(lambda p=p: any(a["pid"] == p.pid and a["mapped"] > 2000 for a in enclave.status()["address_spaces"]), 20, "nothing is mapped")  # fmt: skip
+        assert "runs natively" in enclave.cli("release", str(p.pid)).stdout
+        assert "sylvie-ram" not in Path(f"/proc/{p.pid}/maps").read_text()
+        assert len(os.listdir(f"/proc/{p.pid}/task")) == 4
+        out, _ = p.communicate("\n", timeout=30)
+        assert (p.returncode, out) == (0, "bad []\n")
+        s = enclave.idle()
+        assert s["frames"]["mapped"] == s["frames"]["granted"] == 0
+    assert "has no managed memory" in enclave.cli("release", str(os.getpid()), ok=False).stderr
+
+
+def test_a_stopped_program_waits_with_its_call(enclave: Enclave) -> None:
+    """The call that needs the release is under way when the program is stopped for long: it succeeds afterwards."""
+    code = """
+import ctypes, os, signal, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+b = bytearray(b"x") * (64 << 20)
+threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+p = os.pipe()
+t = time.monotonic()
+bad = 0
+while time.monotonic() < t + 0.5:
+    v = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(b)), 4096)
+    bad += libc.vmsplice(p[1], v, 1, 0) != 4096
+    os.read(p[0], 4096)
+print(bad, b.count(b"x"))
+"""
+    p = enclave.popen([sys.executable, "-c", code])
+    wait_for(lambda: Path(f"/proc/{p.pid}/stat").read_text().split()[2] == "T", 10, "it was not stopped")
+    with pytest.raises(subprocess.TimeoutExpired):
+        p.wait(3)
+    os.kill(p.pid, signal.SIGCONT)
+    assert p.communicate(timeout=30)[0] == "0 67108864\n"
