@@ -46,6 +46,7 @@ MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
 MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
 COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
+OOM = {name.lower(): value for value, name in names("SY_OOM_").items()}
 # States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
 STATES = ("down", "online", "lost")
 
@@ -82,7 +83,7 @@ class Gateway:
     """One enclave and its bus.
 
     :param run_dir: existing directory; the sockets appear in it
-    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}}``
+    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native"}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
 
@@ -103,6 +104,10 @@ class Gateway:
         self.gw = lib.sy_gw_new(str(run_dir).encode(), ram, nodes, why, len(why))
         if self.gw == ffi.NULL:
             raise BusError(ffi.string(why).decode(errors="replace") or "the enclave could not be made")
+        oom = config.get("oom", "kill")
+        if oom not in OOM:
+            raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
+        lib.sy_gw_set_oom(self.gw, OOM[oom])
         self.tables = Tables(lib.sy_gw_header_fd(self.gw), lib.sy_gw_frames_fd(self.gw))
 
         self._events = np.zeros(BATCH, MSG_DTYPE)
@@ -179,6 +184,11 @@ class Gateway:
 
     def _publish(self, events: NDArray[np.void]) -> None:
         last = int(events["seqnum"][-1])
+        for event in events[(events["type"] == lib.SY_MSG_OOM) & (events["arg"] != 0)]:
+            log.error(
+                "out of frames: ended pid %d (address space %d), which had the most, %d MiB",
+                event["arg"], event["asid"], int(event["npages"]) * lib.SY_PAGE_SIZE >> 20,
+            )  # fmt: skip
         if lost := ((last - self._last_seq) & 0xFFFFFFFF) - len(events):
             # The C half's ring was full. Nobody knows of which topics they were, so each has a gap.
             self.counters["lost_events"] += lost

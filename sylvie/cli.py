@@ -60,9 +60,16 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 @click.option(
     "--implementation", "-i", multiple=True, metavar="COMPONENT=NAME", help="Another implementation of a component."
 )
+@click.option(
+    "--oom",
+    default="kill",
+    show_default=True,
+    type=click.Choice(["kill", "native"]),
+    help="Out of frames: end the program with the most of them, as Linux does, or give native memory.",
+)
 @run_dir_option
 @click.pass_context
-def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], run_dir: str | None) -> None:
+def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], oom: str, run_dir: str | None) -> None:
     """Bring an enclave up: supervisord, gateway, components. Needs root.
 
     \b
@@ -70,7 +77,7 @@ def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...]
     """
     from sylvie import life
 
-    life.up(chosen(ctx, run_dir), life.parse_size(ram), nodes, life.parse_implementations(implementation))
+    life.up(chosen(ctx, run_dir), life.parse_size(ram), nodes, life.parse_implementations(implementation), oom)
 
 
 @cli.command()

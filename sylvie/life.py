@@ -108,7 +108,7 @@ def supervisor_conf(run_dir: Path) -> Path:
     return conf
 
 
-def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
+def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str], oom: str) -> None:
     """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind."""
     began = time.monotonic()
     if os.geteuid() != 0:
@@ -135,7 +135,7 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str]) -> None:
     run_dir.chmod(0o755)
     wanted = {name: name for name in components()} | chosen
     try:
-        write_config(run_dir, {"ram": ram, "nodes": nodes, "components": wanted})
+        write_config(run_dir, {"ram": ram, "nodes": nodes, "components": wanted, "oom": oom})
         supervisord = Path(sys.executable).with_name("supervisord")
         done = subprocess.run(
             [supervisord, "-c", supervisor_conf(run_dir)], capture_output=True, text=True, timeout=PATIENCE, check=False

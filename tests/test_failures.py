@@ -395,16 +395,3 @@ def test_down_with_a_program_running(root_dir: Path) -> None:
     )
     assert b'"fixed": true' in done.stdout or b'"fixed": false' in done.stdout
     assert ROOT.exists()
-
-
-def test_more_than_there_is(own_enclave: Enclave) -> None:
-    """256 MiB of RAM, 600 MiB wanted: what does not fit is native memory, and says so."""
-    code = "b=bytearray(600<<20); b[::4096]=b'x'*len(b[::4096]); print(b.count(b'x'), flush=True); input()"
-    p = own_enclave.popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    assert p.stdout and p.stdin and p.stdout.readline() == f"{600 * 256}\n"
-    space = own_enclave.status()["address_spaces"][0]
-    assert space["native_pages"] > 80000 and space["mapped"] > 50000
-    own_enclave.check()
-    p.stdin.close()
-    p.wait(20)
-    own_enclave.idle()

@@ -50,7 +50,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_COW = 206,
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
   SY_MSG_WATERMARK = 208,
-  SY_MSG_OOM = 209,           /* asid; npages = pages that were wanted and not there */
+  SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
   SY_MSG_PRESSURE = 210,
   SY_MSG_HEAT_READY = 211,
   SY_MSG_COMPONENT_UP = 212,  /* arg = component id */
@@ -205,11 +205,16 @@ struct sy_header {
   uint32_t default_fault_order;
   uint32_t default_fault_order_max;
   uint32_t event_seq;                /* last sequence number given to an event (wraps) */
+  uint32_t oom;                      /* enum sy_oom */
+  uint32_t pad;
   uint64_t events_lost;              /* the gateway's own event ring was full */
   uint64_t counters[32];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
 };
 #define SY_HEADER_BYTES 4096
+/* When a page is touched and nothing is left: its program gets native memory; or, as Linux does it, the program with the most frames
+ * is ended (and a mapping larger than the enclave is refused). */
+enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
 /* The bell: one page that all stubs and the gateway share. A producer that finds header.gateway_asleep set adds 1 and does
  * FUTEX_WAKE (shared): no descriptor is needed. Garbage in it costs the gateway a wake-up at most: it looks every 50 ms anyway. */
 struct sy_bell { uint32_t rung; };
@@ -217,7 +222,8 @@ struct sy_bell { uint32_t rung; };
 enum sy_counter {
   SY_CNT_REGISTERED = 0, SY_CNT_EXITED = 1, SY_CNT_URGENT = 2, SY_CNT_FIRST_FIT = 3, SY_CNT_GRANTS = 4,
   SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,
-  SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14
+  SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14,
+  SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16
 };
 
 /* ---- transactions (component -> gateway) ---- */

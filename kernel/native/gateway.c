@@ -86,6 +86,10 @@ struct as {
   uint64_t cmd_id;        /* last one sent */
   uint32_t outstanding, release_nr;
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
+  int pidfd;
+  int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
+  int starved;            /* it has been told of */
+  uint64_t killed_ns;     /* ended for want of frames */
   int want_release;       /* sylvie release; under lock */
   int released;           /* turned native: freed when its socket hangs up */
   uint32_t tids[4];       /* of the service threads */
@@ -450,6 +454,7 @@ static void free_as_memory(struct as *a) {
   if (a->mag) munmap(a->mag, SY_MAG_BYTES);
   close(a->as_fd), close(a->mag_fd), close(a->mag_ro);
   if (a->uffd >= 0) close(a->uffd);
+  if (a->pidfd >= 0) close(a->pidfd);
   free(a->suspect);
   free(a);
 }
@@ -473,6 +478,7 @@ static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd) {
     return NULL;
   }
   a->asid = ++g->next_asid, a->pid = pid, a->uffd = uffd, a->list = NONE;
+  a->pidfd = (int)syscall(SYS_pidfd_open, pid, 0); /* (it waits for our answer, so it is that one) */
   a->ctl = (void *)(a->mem + SY_AS_CTL_OFF), a->chunks = a->mem + SY_AS_CHUNKS_OFF;
   a->chan = (void *)(a->mem + SY_AS_CHANNEL_OFF), a->pte = (void *)(a->mem + SY_AS_PTE_OFF);
   a->mag->asid = a->asid;
@@ -518,6 +524,28 @@ static void release_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uin
     disown(g, a, i);
   }
   make_free(g, pfn, n, 0);
+}
+/* What lies unused in everybody's magazines, back to FREE. We take as a stub does, by moving its head. Number of frames. */
+static uint64_t drain_magazines(struct sy_gateway *g) {
+  uint64_t n = 0;
+  for (uint32_t i = 0; i < g->nas; i++) {
+    struct as *a = g->as[i];
+    for (int order = 0; order < 10; order++)
+      for (int tries = 0; tries < 2 * SY_MAG_SLOTS && mag_level(a, order); tries++) {
+        uint32_t h = a->mag_head_seen[order], pfn = a->mag->ring[order].slot[h % SY_MAG_SLOTS];
+        if (!__atomic_compare_exchange_n(&a->ctl->mag_head[order], &h, h + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+        a->mag_head_seen[order] = h + 1;
+        if (!owned(g, a, pfn, 1u << order, IS(SY_FRAME_GRANTED))) { /* used without having been taken */
+          bad(g, a);
+          continue;
+        }
+        release_frames(g, a, pfn, 1u << order);
+        event_frames(g, SY_MSG_PAGE_FREED, 0, pfn, 1u << order, order);
+        n += 1u << order;
+      }
+  }
+  count(g, SY_CNT_DRAINED, n);
+  return n;
 }
 static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
   m.asid = a->asid;

@@ -23,6 +23,8 @@ void sy_gw_post_test(struct sy_gateway *gw, uint32_t n);
 /* Carries out n operations for one component; fills ops[i].result. Number COMPLETE. */
 int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, int n);
 
+/* What happens when nothing is left: enum sy_oom. NATIVE until this is called. */
+void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
 /* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */
 int sy_gw_release(struct sy_gateway *gw, uint32_t asid);
 

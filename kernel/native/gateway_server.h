@@ -328,6 +328,54 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   }
 }
 
+/* ---------------------------------------------------------------- out of frames */
+/* Frames up to that order into the magazine of a stub that waits for them (under lock). Number. */
+static uint32_t refill(struct sy_gateway *g, struct as *a, int order) {
+  uint32_t blocks = order >= 8 ? 4 : order >= 4 ? 16 : 32, got = 0;
+  for (uint32_t i = 0; i < blocks; i++) {
+    uint32_t k = give(g, a, order);
+    got += k;
+    if (k < 1u << order) break;
+  }
+  return got;
+}
+/* Ends the program with the most frames, as Linux's OOM killer does, unless some are on their way: RAM is still being populated, or a program
+ * is ending (under lock). */
+#define OOM_PATIENCE_NS 5000000000ull
+static void out_of_frames(struct sy_gateway *g) {
+  struct as *victim = NULL;
+  uint64_t now = now_ns();
+  if (g->hdr->populated < g->nframes) return;
+  for (uint32_t i = 0; i < g->nas; i++) {
+    struct as *a = g->as[i];
+    if ((a->killed_ns && now < a->killed_ns + OOM_PATIENCE_NS) || (a->dying && now < a->dying_since_ns + OOM_PATIENCE_NS)) return;
+    if (!a->killed_ns && !a->dying && (!victim || a->mapped > victim->mapped)) victim = a;
+  }
+  if (!victim) return;
+  victim->killed_ns = now;
+  syscall(SYS_pidfd_send_signal, victim->pidfd, SIGKILL, NULL, 0);
+  count(g, SY_CNT_OOM_KILLS, 1);
+  event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = victim->asid, .npages = (uint32_t)victim->mapped, .arg = (uint64_t)victim->pid});
+}
+/* Answers a stub that waits for frames, if there are any, or if none is an answer. */
+static void feed(struct sy_gateway *g, struct as *a) {
+  pthread_mutex_lock(&g->lock);
+  uint32_t got = refill(g, a, a->starving - 1);
+  if (!got && drain_magazines(g)) got = refill(g, a, a->starving - 1);
+  if (!got) {
+    if (!a->starved) count(g, SY_CNT_NO_FRAMES, 1);
+    a->starved = 1;
+    if (g->hdr->oom == SY_OOM_KILL) out_of_frames(g);
+    else event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = a->asid, .npages = 1u << (a->starving - 1)});
+  }
+  pthread_mutex_unlock(&g->lock);
+  if (!got && g->hdr->oom == SY_OOM_KILL) return; /* again in a moment */
+  a->mag->no_frames = got == 0;
+  a->starving = a->starved = 0;
+  __atomic_store_n(&a->mag->refill_seq, a->mag->refill_seq + 1, __ATOMIC_SEQ_CST);
+  futex_wake_all(&a->mag->refill_seq);
+}
+
 static void stub_request(struct sy_gateway *g, struct conn *c) {
   struct sy_request q;
   int fd[4], n;
@@ -358,27 +406,11 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
       sched_setscheduler((pid_t)q.tids[i], SCHED_FIFO | SCHED_RESET_ON_FORK, &sp);
     }
     break;
-  case SY_REQ_REFILL: {
-    int order = q.order > SY_HUGE_ORDER ? SY_HUGE_ORDER : (int)q.order;
-    uint32_t blocks = order >= 8 ? 4 : order >= 4 ? 16 : 32, got = 0;
-    pthread_mutex_lock(&g->lock);
-    for (uint32_t i = 0; i < blocks; i++) {
-      uint32_t k = give(g, a, order);
-      got += k;
-      if (k < 1u << order) break;
-    }
-    a->urgent++;
-    a->mag->no_frames = got == 0;
+  case SY_REQ_REFILL:
+    a->starving = (q.order > SY_HUGE_ORDER ? SY_HUGE_ORDER : (int)q.order) + 1, a->urgent++;
     count(g, SY_CNT_URGENT, 1);
-    if (!got) {
-      count(g, SY_CNT_NO_FRAMES, 1);
-      event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = a->asid, .npages = 1u << order});
-    }
-    pthread_mutex_unlock(&g->lock);
-    __atomic_store_n(&a->mag->refill_seq, a->mag->refill_seq + 1, __ATOMIC_SEQ_CST);
-    futex_wake_all(&a->mag->refill_seq);
+    feed(g, a);
     break;
-  }
   case SY_REQ_CMD_DONE: finish_commands(g, a, 0); break;
   case SY_REQ_RELEASED:
     a->released = 1;
@@ -391,11 +423,14 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
-/* Address spaces whose service threads have ended: test, and test again, until the mm is gone. Returns milliseconds to the next test. */
+/* Address spaces whose service threads have ended: test, and test again, until the mm is gone; those that wait for frames: see whether there
+ * are some now. Returns milliseconds to the next look. */
 static int test_dying(struct sy_gateway *g) {
   uint64_t now = now_ns(), next = 0;
   for (uint32_t i = 0; i < g->nas; i++) {
     struct as *a = g->as[i];
+    if (a->starving && !a->dying) feed(g, a);
+    if (a->starving && !a->dying) next = now + 1000000;
     if (!a->dying) continue;
     if (a->next_test_ns <= now) {
       /* Killed in the middle of a fork: the child is still copying from these frames. It cannot take for ever: it may be dead too. */
@@ -479,6 +514,7 @@ static void poke(struct sy_gateway *g) {
   if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
   }
 }
+void sy_gw_set_oom(struct sy_gateway *g, uint32_t oom) { g->hdr->oom = oom; }
 int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
   pthread_mutex_lock(&g->lock);
   struct as *a = find_as(g, asid);

@@ -338,12 +338,17 @@ static int eligible(long prot, long flags) {
          !(prot & ~(long)RW);
 }
 
+/* Linux's heuristic overcommit (mm/util.c): one mapping that could never be backed is refused. Not where what does not fit goes native. */
+static int too_much(uint64_t pages, long prot, long flags) {
+  return hdr->oom == SY_OOM_KILL && pages > hdr->frames && (prot & PROT_WRITE) && !(flags & MAP_NORESERVE);
+}
 static long do_mmap(long *a) {
   uintptr_t addr = (uintptr_t)a[0];
   uint64_t n = UP(a[1]) / PS;
   long prot = a[2], flags = a[3] & 0xffffffff;
   int fixed = (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) != 0;
   uint64_t p;
+  if ((flags & 0xf) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) && too_much(n, prot, flags)) return -ENOMEM;
   if (fixed) {
     p = PAGE(addr);
     if (addr % PS) return -EINVAL;
@@ -509,6 +514,7 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   for (uint64_t i = p; i < p + n; i++)
     if ((attr[i] & A_FOREIGN) || A_PROT(attr[i]) != A_PROT(attr[p])) return -EFAULT; /* more than one mapping */
   uint8_t a = attr[p];
+  if (m > n && too_much(m - n, A_PROT(a), 0)) return -ENOMEM;
   if (flags & MREMAP_FIXED) {
     q = PAGE(to);
     if (to % PS) return -EINVAL;
@@ -555,7 +561,7 @@ static long do_brk(uintptr_t want) {
   if (want < brk_start || want > VA(SY_BRK_PAGES)) return (long)brk_cur;
   uint64_t cur = PAGE(UP(brk_cur)), new = PAGE(UP(want));
   if (new > cur) {
-    if (!all_free(cur, new - cur)) return (long)brk_cur;
+    if (!all_free(cur, new - cur) || too_much(new - cur, RW, 0)) return (long)brk_cur;
     map_pages(cur, new - cur, A_OF(RW));
   } else if (new < cur)
     do_munmap(VA(new), (cur - new) * PS);
