@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -155,6 +156,7 @@ class Gateway:
                 if (now := time.monotonic()) >= look_at:
                     look_at = now + TICK
                     self._look_for_lost(now)
+                    self._look_for_run_dir()
         finally:
             signal.set_wakeup_fd(before)
             wake_in.close()
@@ -219,6 +221,16 @@ class Gateway:
             if component.state == "online" and now - component.heartbeat > LOST_AFTER:
                 log.warning("%s (pid %d) is lost: no heartbeat for %.0f s", component.name, component.pid, LOST_AFTER)
                 self._enter(component, "lost")
+
+    def _look_for_run_dir(self) -> None:
+        """Who removes the run directory takes the enclave down: nothing could reach it any more."""
+        if (self.run_dir / REQUESTS).exists():
+            return
+        log.error("%s has been removed: taking the enclave down; programs go on natively", self.run_dir / REQUESTS)
+        parent = os.getppid()
+        if os.environ.get("SUPERVISOR_ENABLED") and "supervisord" in " ".join(psutil.Process(parent).cmdline()):
+            os.kill(parent, signal.SIGTERM)  # or it would start us again
+        self.stop()
 
     def _enter(self, component: Component, state: str) -> None:
         component.state = state
@@ -472,6 +484,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = json.loads((run_dir / "config.json").read_text())
             if not isinstance(config, dict):
                 raise BusError("config.json is not an object")
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a program takes six
             host.acquire(run_dir)
             undo.callback(host.release, run_dir)
             gateway = Gateway(run_dir, config)

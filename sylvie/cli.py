@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -218,4 +219,11 @@ def doctor(fix: bool, as_json: bool) -> None:
 
 def main() -> None:
     """The console script."""
-    sys.exit(cli())
+    try:
+        sys.exit(cli())
+    except OSError as e:  # of the machine, not of the arguments: no room, no descriptors, no permission
+        what = f" ({e.filename})" if e.filename else ""
+        hint = {errno.ENOSPC: ": free some space and try again", errno.EROFS: ": choose another --run-dir"}
+        hint |= {errno.EACCES: ": are you root?", errno.EPERM: ": are you root?"}
+        print(f"sylvie: {e.strerror or e}{what}{hint.get(e.errno or 0, '')}", file=sys.stderr)
+        sys.exit(1)

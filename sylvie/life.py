@@ -93,9 +93,12 @@ def supervisor_pid(run_dir: Path) -> int | None:
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:
     """config.json, in one step."""
     fresh = run_dir / "config.new"
-    fresh.write_text(json.dumps(config, indent=1))
-    fresh.chmod(0o644)
-    fresh.rename(run_dir / "config.json")
+    try:
+        fresh.write_text(json.dumps(config, indent=1))
+        fresh.chmod(0o644)
+        fresh.rename(run_dir / "config.json")
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def supervisor_conf(run_dir: Path) -> Path:
@@ -250,7 +253,7 @@ def swap(run_dir: Path, component: str, implementation: str) -> None:
     """Configures another implementation, restarts that one process, waits until it is online."""
     known(component, implementation)
     if supervisor_pid(run_dir) is None:
-        raise Problem(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`")
+        raise Problem(f"no supervisord for {run_dir}: `sylvie --run-dir {run_dir} down`, then up, starts everything anew")
     config = json.loads((run_dir / "config.json").read_text())
     before = config["components"].get(component)
     write_config(run_dir, config | {"components": config["components"] | {component: implementation}})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sylvie.cli import Problem
-from sylvie.life import control
+from sylvie.life import control, supervisor_pid
 
 
 def size(pages: int) -> str:
@@ -29,6 +29,8 @@ def status(run_dir: Path, as_json: bool) -> None:
 
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     out.print(f"[bold]Sylvie[/] in {s['run_dir']}, gateway pid {s['pid']}, up {s['uptime_s']:.0f} s, ABI {s['abi']}")
+    if supervisor_pid(run_dir) is None:
+        out.print("[bold red]supervisord is not there[/]: nothing is restarted. `sylvie down`, then up, starts anew")
     t = Table(
         "component",
         "implementation",

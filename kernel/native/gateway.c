@@ -145,7 +145,7 @@ struct sy_gateway {
 
   pthread_t server, drain, populate;
   int have_server, have_drain, have_populate;
-  int stopping, ep, listen_fd, poke_fd;
+  int stopping, ep, listen_fd, poke_fd, spare_fd;
   struct pending *pend;
   int npend, pend_cap;
   struct marked marked[64];

@@ -463,6 +463,18 @@ static void poked(struct sy_gateway *g, struct conn *c) {
   }
 }
 
+/* No descriptor is left. Who waits must hear so (it goes on natively), and this thread must not be woken by it for ever: the spare one
+ * takes them in and lets them go. */
+static void turn_away(struct sy_gateway *g, struct conn *listener) {
+  int fd = g->spare_fd;
+  if (fd < 0) usleep(10000); /* somebody was faster when it was opened again below */
+  else do {
+    close(fd);
+    if ((fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) count(g, SY_CNT_REFUSED, 1);
+  } while (fd >= 0);
+  g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
 static void *server_thread(void *arg) {
   struct sy_gateway *g = arg;
   struct sched_param sp = {.sched_priority = SERVER_PRIORITY};
@@ -477,6 +489,7 @@ static void *server_thread(void *arg) {
       switch (c->kind) {
       case CONN_LISTEN:
         for (int fd; (fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;) add_conn(g, fd, CONN_NEW);
+        if (errno == EMFILE || errno == ENFILE) turn_away(g, c);
         break;
       case CONN_NEW: hello(g, c); break;
       case CONN_STUB: stub_request(g, c); break;
@@ -777,7 +790,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   struct sy_gateway *g = calloc(1, sizeof *g);
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
-  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = -1;
+  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
   pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
   if (nodes < 1 || nodes > SY_MAX_NODES) FAIL("%u nodes wanted: 1 to %d are possible", nodes, SY_MAX_NODES);
@@ -815,7 +828,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
     for (uint64_t f = 0; f < per; f++) g->frames[g->node[i].base + f].node = (uint8_t)i;
   }
 
-  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);

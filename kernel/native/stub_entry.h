@@ -49,10 +49,10 @@ static int ready(uint64_t bytes) {
 }
 
 /* ---------------------------------------------------------------- dispatch */
-/* brk before or without the enclave. Once libc's heap has begun natively it stays so, but for what a forked child inherited: that heap
- * lies in the arena, and grows there natively until the child joins. */
+/* brk before or without the enclave. Once libc's heap has begun natively it stays so, but for what a forked child inherited, or a release
+ * left: that heap lies in the arena, and grows there natively. */
 static long brk_unmanaged(uintptr_t want) {
-  if (mode != FORKED || !brk_cur) {
+  if (!brk_cur) {
     if (mode != OFF && want) brk_native = 1;
     return SYS(__NR_brk, want, 0, 0, 0, 0);
   }
@@ -70,7 +70,6 @@ static long brk_unmanaged(uintptr_t want) {
   brk_cur = want;
   return (long)brk_cur;
 }
-static int inherited_heap(void) { return mode == NATIVE && brk_cur; } /* a child that could not join */
 
 /* One memory call; mm_lock held. */
 static long emulate(long nr, long *a) {
@@ -82,7 +81,6 @@ static long emulate(long nr, long *a) {
     return do_mmap(a);
   case __NR_brk:
     if (brk_native) break;
-    if (inherited_heap()) { mode = FORKED; long r = brk_unmanaged((uintptr_t)a[0]); mode = NATIVE; return r; }
     if (mode == FORKED && a[0] && (uint64_t)a[0] <= brk_cur) return brk_unmanaged((uintptr_t)a[0]);
     return ready(mode == FORKED && (uint64_t)a[0] > brk_cur ? (uint64_t)a[0] - brk_cur : 0) ? do_brk((uintptr_t)a[0]) : brk_unmanaged((uintptr_t)a[0]);
   }
