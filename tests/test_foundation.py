@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from conftest import PROGRAMS, SYLVIE, Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, bring_up, take_down, wait_for
 
 Compiled = Callable[[str], Path]
 
