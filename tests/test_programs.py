@@ -94,8 +94,8 @@ def test_every_call_behaves_as_natively(enclave: Enclave, compiled: Compiled) ->
 def test_every_call_as_an_ordinary_user(enclave: Enclave, compiled: Compiled) -> None:
     """Launched by the user (no privilege anywhere), and by root who becomes the user before exec."""
     calls = compiled("calls")
-    expected = native([calls]).stdout
     become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", calls]
+    expected = native(become).stdout
     assert enclave.run(become).stdout == expected
     launch = ROOT / "kernel" / "native"
     # The launcher itself rather than the console script: where Python is installed below /root a user cannot execute that.

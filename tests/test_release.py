@@ -82,6 +82,12 @@ print(b.count(b"x"), c.count(b"y"), len(os.listdir("/proc/self/task")))
     assert "33554432 8388608 1" in both(enclave, [sys.executable, "-c", code])
 
 
+def test_mlockall(enclave: Enclave, compiled: Compiled) -> None:
+    """Before anything is managed the kernel must not be made to fill the arena; later, memory is locked as it is natively."""
+    assert both(enclave, [compiled("mlockall")]) == "mlockall 0\nallocated 1, locked 1 x 32 MiB\n"
+    assert both(enclave, [compiled("mlockall"), "late"]) == "mlockall 0\nallocated 1, locked 3 x 32 MiB\n"
+
+
 def test_limits_that_limit_nothing_release_nothing(enclave: Enclave) -> None:
     before = released(enclave)
     code = "import resource; b = bytearray(8 << 20); resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); print(len(b))"

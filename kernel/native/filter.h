@@ -51,7 +51,7 @@ static const struct sy_insn sy_rules[] = {
     EQ(__NR_mlock, ADDR, NEXT), EQ(__NR_mlock2, ADDR, NEXT), EQ(__NR_munlock, ADDR, NEXT), EQ(__NR_mincore, ADDR, NEXT), EQ(__NR_mseal, ADDR, NEXT),
     EQ(__NR_openat, OPENAT, NEXT), EQ(__NR_open, OPEN, NEXT), EQ(__NR_fcntl, FCNTL, NEXT), EQ(__NR_setsockopt, SOCKOPT, NEXT),
     EQ(__NR_prlimit64, PRLIMIT, NEXT), EQ(__NR_setrlimit, SETRLIMIT, NEXT), EQ(__NR_unshare, UNSHARE, NEXT), EQ(__NR_userfaultfd, UFFD, NEXT),
-    EQ(__NR_setns, NOTIFY, NEXT), EQ(__NR_openat2, NOTIFY, NEXT), EQ(__NR_vmsplice, NOTIFY, NEXT), EQ(__NR_io_setup, NOTIFY, NEXT), EQ(__NR_io_uring_setup, NOTIFY, NEXT),
+    EQ(__NR_mlockall, NOTIFY, NEXT), EQ(__NR_setns, NOTIFY, NEXT), EQ(__NR_openat2, NOTIFY, NEXT), EQ(__NR_vmsplice, NOTIFY, NEXT), EQ(__NR_io_setup, NOTIFY, NEXT), EQ(__NR_io_uring_setup, NOTIFY, NEXT),
     EQ(__NR_clone, CLONE, NEXT), EQ(__NR_fork, NOTIFY, NEXT), EQ(__NR_clone3, NOSYS, ALLOW),
     /* arena addresses, not from the stub */
     AT(ADDR), ARG_LO(5), EQ(SY_MARK, ALLOW, NEXT), ARG_HI(0), GE(ARENA_HI_LO, NEXT, ALLOW), GE(ARENA_HI_END, ALLOW, NOTIFY),

@@ -70,7 +70,7 @@ typedef uint64_t word_t;
 static int mode;
 static int owner_pid;                 /* tells a vfork child, which shares all this with its parent */
 static uint32_t mm_lock;              /* 0 free, 1 held, 2 held with waiters */
-static uint8_t attr[SY_ARENA_PAGES];  /* bss: costs what is touched */
+static uint8_t *attr;                 /* [SY_ARENA_PAGES], from attach to release */
 static uint64_t brk_start, brk_cur;   /* addresses; brk_cur == 0: not begun */
 static int brk_native;                /* libc had begun its heap before us: it stays the kernel's */
 static uint64_t brk_floor, mmap_floor = SY_BRK_PAGES; /* pages below (in their region) are native: what a forked child inherited */

@@ -21,11 +21,27 @@ static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t fl
   return (int)r;
 }
 
+/* After mlockall(MCL_FUTURE) the kernel would fill the arena as soon as it is mapped. */
+static int fills_at_once(void) {
+  uint8_t there = 0;
+  long p = sys_mmap(0, PS, RW, ANON, -1, 0);
+  if (p < 0 && p > -4096) return 1;
+  SYS(__NR_mincore, p, PS, &there, 0, 0);
+  SYS(__NR_munmap, p, PS, 0, 0, 0);
+  return there & 1;
+}
 /* Reserves the arena and starts the service threads. mm_lock is held, all signals are blocked (the threads inherit that). */
 static int attach(void) {
   uint64_t a[2][2] = {{brk_floor, SY_BRK_PAGES}, {mmap_floor, SY_ARENA_PAGES}};
   if ((int)SYS(__NR_getpid, 0, 0, 0, 0, 0) != owner_pid) return 0; /* a vfork child: its threads would be another process's */
   if (mmap_floor > SY_ARENA_PAGES - SY_ARENA_PAGES / 4) return mode = NATIVE, 0; /* after very many generations of forks */
+  if (fills_at_once()) return mode = NATIVE, 0;
+  if (!attr) {
+    long at = sys_mmap(0, SY_ARENA_PAGES, RW, ANON, -1, 0);
+    if (at < 0 && at > -4096) return mode = NATIVE, 0;
+    SYS(__NR_madvise, at, SY_ARENA_PAGES, MADV_DONTDUMP, 0, 0);
+    attr = (uint8_t *)at;
+  }
   for (int i = 0; i < 2; i++)
     if (sys_mmap(VA(a[i][0]), (a[i][1] - a[i][0]) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(a[i][0])) {
       if (i) SYS(__NR_munmap, VA(a[0][0]), (a[0][1] - a[0][0]) * PS, 0, 0, 0);
@@ -61,10 +77,10 @@ static long brk_unmanaged(uintptr_t want) {
   if (new > cur) {
     long r = sys_mmap(VA(cur), (new - cur) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0);
     if (r != (long)VA(cur)) return (long)brk_cur;
-    memset(attr + cur, A_OF(RW), new - cur);
+    if (attr) memset(attr + cur, A_OF(RW), new - cur);
   } else if (new < cur) {
     SYS(__NR_munmap, VA(new), (cur - new) * PS, 0, 0, 0);
-    memset(attr + new, 0, cur - new);
+    if (attr) memset(attr + new, 0, cur - new);
   }
   brk_floor = brk_hi = new;
   brk_cur = want;
@@ -75,9 +91,7 @@ static long brk_unmanaged(uintptr_t want) {
 static long emulate(long nr, long *a) {
   switch (nr) {
   case __NR_mmap:
-    if (mode == FORKED && IN_ARENA(a[0]) && (a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE))) break;
-    if (!IN_ARENA(a[0]) || !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)))
-      if (!ready(UP(a[1]))) break;
+    if (IN_ARENA(a[0]) && (a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) ? mode != MANAGED : !ready(UP(a[1]))) break;
     return do_mmap(a);
   case __NR_brk:
     if (brk_native) break;
@@ -117,14 +131,11 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
     if ((uint64_t)a[1] > SY_ARENA_SIZE) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
     break;
   case __NR_brk: case __NR_clone: case __NR_fork: break;
-  case __NR_mlockall: /* the arena is never the kernel's to fill: future and present pages are locked as they come */
-    return SYS(nr, a[0] | (mode == MANAGED ? 4 /* MCL_ONFAULT */ : 0), 0, 0, 0, 0);
   case __NR_munmap:
     if (!IN_ARENA(a[0]) && (uint64_t)a[0] < SY_ARENA_START && (uint64_t)a[0] + (uint64_t)a[1] > SY_ARENA_START && mode == MANAGED) return -EINVAL;
     __attribute__((fallthrough));
   default:
     if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
-    if (!IN_ARENA(a[0])) return -ENOMEM; /* native memory moved into the arena: docs/limits.md */
     /* more than the arena: no such range is mapped (and no sum below may wrap) */
     if ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE))
       return nr == __NR_munmap || nr == __NR_mremap || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
@@ -164,7 +175,7 @@ __asm__(".text\n.hidden sy_entry\n.globl sy_entry\n.type sy_entry,@function\n"
 void *sy_syscall_back __attribute__((visibility("hidden")));
 #define OURS(nr) "cmp $" #nr ",%eax\n je 2f\n"
 __asm__(".text\n.hidden sy_entry_any\n.globl sy_entry_any\n.type sy_entry_any,@function\n"
-        "sy_entry_any:\n" OURS(9) OURS(10) OURS(11) OURS(12) OURS(25) OURS(27) OURS(28) OURS(57) OURS(59) OURS(149) OURS(150) OURS(151) OURS(322)
+        "sy_entry_any:\n" OURS(9) OURS(10) OURS(11) OURS(12) OURS(25) OURS(27) OURS(28) OURS(57) OURS(59) OURS(149) OURS(150) OURS(322)
         OURS(325) OURS(329) OURS(462)
         "cmp $56,%eax\n jne 1f\n test $0x100,%edi\n jz 2f\n"
         "1: syscall\n jmp *sy_syscall_back(%rip)\n"
@@ -205,7 +216,7 @@ static long exec_managed(long nr, struct regs *r) {
  * for a jump. libc keeps everything around the call: errno, __curbrk, the thread's state after fork. */
 #define WEAK(f) extern char libc_##f[] __asm__(#f) __attribute__((weak, visibility("default")))
 WEAK(mmap); WEAK(munmap); WEAK(mremap); WEAK(madvise); WEAK(mprotect); WEAK(pkey_mprotect); WEAK(brk); WEAK(mlock); WEAK(mlock2); WEAK(munlock);
-WEAK(mlockall); WEAK(mincore); WEAK(mseal); WEAK(_Fork); WEAK(fork); WEAK(clone); WEAK(execve); WEAK(execveat); WEAK(fexecve); WEAK(syscall);
+WEAK(mincore); WEAK(mseal); WEAK(_Fork); WEAK(fork); WEAK(clone); WEAK(execve); WEAK(execveat); WEAK(fexecve); WEAK(syscall);
 extern void *__curbrk __attribute__((weak, visibility("default")));
 void *dlsym(void *, const char *) __attribute__((weak, visibility("default")));
 
@@ -279,7 +290,6 @@ static void patch_all(void) {
   patch("mlock", (void *)libc_mlock, __NR_mlock, 32, 0);
   patch("mlock2", (void *)libc_mlock2, __NR_mlock2, 96, 0);
   patch("munlock", (void *)libc_munlock, __NR_munlock, 32, 0);
-  patch("mlockall", (void *)libc_mlockall, __NR_mlockall, 32, 0);
   patch("mincore", (void *)libc_mincore, __NR_mincore, 96, 0);
   if (libc_mseal) patch("mseal", (void *)libc_mseal, __NR_mseal, 64, 0);
   if (libc_execveat) patch("execveat", (void *)libc_execveat, __NR_execveat, 96, 0);

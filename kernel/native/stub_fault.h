@@ -204,6 +204,13 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
 static uintptr_t bait; /* see end_threads */
 static long fault_threads;
 
+/* After a release: faults of before look again, and the one of the command thread's bait ends us. */
+static void released_fault(uint64_t at) {
+  struct uffdio_zeropage z = {.range = {at, PS}};
+  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+  wake(PAGE(at), 1);
+}
+
 static void fault_thread(long me) {
   uint64_t cpu = 1ull << me;
   if (SYS(__NR_sched_getaffinity, 0, 8, &cpu, 0, 0) > 0) { /* one thread a CPU: a wake on the faulting CPU is the cheap one */
@@ -219,16 +226,12 @@ static void fault_thread(long me) {
     if (r <= 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
     for (long i = 0; i * (long)sizeof *m < r; i++) {
       if (m[i].event != UFFD_EVENT_PAGEFAULT) continue;
-      if (LOAD(mode) == NATIVE) { /* released: faults of before look again, and the one of the command thread's bait ends us */
-        uint64_t at = m[i].arg.pagefault.address & ~(PS - 1);
-        struct uffdio_zeropage z = {.range = {at, PS}};
-        if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
-        wake(PAGE(at), 1);
-        continue;
-      }
       __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
-      if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
+      if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) {
+        if (LOAD(mode) == NATIVE) released_fault(m[i].arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
+        else fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
+      }
       __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);
     }
   }

@@ -218,7 +218,9 @@ static long release_all(void) {
   releasing = 0;
   if (!r) {
     brk_floor = brk_hi = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = SY_ARENA_PAGES;
-    mode = NATIVE;
+    STORE(mode, NATIVE);
+    SYS(__NR_munmap, attr, SY_ARENA_PAGES, 0, 0, 0);
+    attr = 0;
   }
   __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
   if (r) { /* no memory for the copies: some pieces are native now, the rest is as before */

@@ -245,7 +245,11 @@ static int keep(uint64_t p, uint64_t n) {
   if (n > KEEP_PAGES || p < SY_BRK_PAGES) return 0;
   for (uint64_t i = p; i < p + n; i++)
     if (attr[i] != A_OF(RW)) return 0;
-  for (uint64_t end = p + n, i = next_used(p, end); i < end && !some; i = next_used(i + 1, end)) some = (LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT;
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) {
+    word_t w = LOAD(pte[i]);
+    if (w & SY_PTE_MLOCKED) return 0;
+    some |= (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT;
+  }
   if (!some) return 0; /* nothing in it: unmapping costs nothing */
   while (kept_count == sizeof kept / sizeof *kept || kept_pages + n > KEEP_TOTAL) drop_kept(0);
   memset(attr + p, A_KEPT, n);
@@ -432,6 +436,9 @@ static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
   switch (advice) {
   case MADV_DONTNEED:
   case MADV_FREE:
+    for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n))
+      if (LOAD(pte[i]) & SY_PTE_MLOCKED) return -EINVAL;
+    __attribute__((fallthrough));
   case 24: /* DONTNEED_LOCKED */
     for (uint64_t i = p; i < p + n;) {
       uint64_t k = 0;
@@ -484,7 +491,7 @@ static long move_request(void *arg) {
     }
     STORE(chunks[j / SY_CHUNK_PAGES], 1);
     STORE(chunks[(j + k - 1) / SY_CHUNK_PAGES], 1);
-    word_t flag = m->prot != RW ? W_KPROT : 0;
+    word_t flag = (m->prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED);
     if (st == SY_PTE_PRESENT) {
       uint32_t nd = node_of(pfn);
       sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
@@ -505,20 +512,67 @@ static long move_request(void *arg) {
   return 0;
 }
 
+/* A mapping of the program's own is moved by the kernel: from, to or within the arena, where it leaves a hole to be mended. */
+static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, long flags, uintptr_t to) {
+  uint64_t p = PAGE(old), n = UP(old_size) / PS, m = UP(new_size) / PS, q = PAGE(to);
+  int from = IN_ARENA(old) && !is_native(p), into = (flags & MREMAP_FIXED) && IN_ARENA(to) && !is_native(q);
+  uint8_t a = from ? attr[p] : A_OF(RW) | A_FOREIGN;
+  if (into) {
+    if (to % PS) return -EINVAL;
+    if (q + m > SY_ARENA_PAGES) return -ENOMEM;
+    if (from && q < p + n && p < q + m) return -EINVAL;
+    if (SYS(__NR_madvise, old, n * PS, MADV_NORMAL, 0, 0) < 0) return -EFAULT; /* nothing there to move: the target stays */
+    unmap_pages(q, m);
+  }
+  long r = SYS(__NR_mremap, old, old_size, new_size, flags, to);
+  if (r < 0 && r > -4096) {
+    if (into) arena_restore(q, m);
+    return r;
+  }
+  if (into) {
+    memset(attr + q, a, m);
+    if (q >= SY_BRK_PAGES && q + m > mmap_hi) mmap_hi = q + m, ctl->mmap_hi = mmap_hi;
+  }
+  if (!from || (flags & MREMAP_DONTUNMAP)) return r;
+  uint64_t gone = (uintptr_t)r == old ? (m < n ? m : n) : 0; /* pages that stayed */
+  if (gone < n) {
+    memset(attr + p + gone, 0, n - gone);
+    arena_restore(p + gone, n - gone);
+    hole_add(p + gone, n - gone);
+  }
+  return r;
+}
+/* Managed pages to a fixed place outside of the arena: they become native there. */
+static long move_out(uint64_t p, uint64_t n, uint64_t m, long flags, uintptr_t to) {
+  int prot = A_PROT(attr[p]);
+  if (to % PS) return -EINVAL;
+  long r = sys_mmap(to, m * PS, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  if (r < 0 && r > -4096) return r;
+  if (!(prot & PROT_READ)) set_kernel_prot(p, n, PROT_READ);
+  for (uint64_t end = p + (n < m ? n : m), i = next_used(p, end); i < end; i = next_used(i + 1, end))
+    if (!untouched(LOAD(pte[i]))) memcpy((void *)(to + (i - p) * PS), (void *)VA(i), PS);
+  if (prot != RW) SYS(__NR_mprotect, to, m * PS, prot, 0, 0);
+  if (flags & MREMAP_DONTUNMAP) evict(p, n);
+  else unmap_pages(p, n);
+  return (long)to;
+}
+
 static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long flags, uintptr_t to) {
   uint64_t p = PAGE(old), n = UP(old_size) / PS, m = UP(new_size) / PS, q;
+  if (!IN_ARENA(old) || is_native(p)) return mremap_foreign(old, old_size, new_size, flags, to);
   if (old % PS || !m || (flags & ~7L) || ((flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) && !(flags & MREMAP_MAYMOVE))) return -EINVAL;
-  if (is_native(p)) return SYS(__NR_mremap, old, old_size, new_size, flags, to) /* a move out of the arena's native part: fine */;
   if (!n || p + n > SY_ARENA_PAGES || m > SY_ARENA_PAGES) return n ? -ENOMEM : -EINVAL;
   if (!all_mapped(p, n)) return -EFAULT;
   for (uint64_t i = p; i < p + n; i++)
-    if ((attr[i] & A_FOREIGN) || A_PROT(attr[i]) != A_PROT(attr[p])) return -EFAULT; /* more than one mapping */
+    if ((attr[i] ^ attr[p]) & (A_FOREIGN | A_OF(7))) return -EFAULT; /* more than one mapping */
   uint8_t a = attr[p];
+  if (a & A_FOREIGN) return mremap_foreign(old, old_size, new_size, flags, to);
+  if ((flags & MREMAP_FIXED) && !IN_ARENA(to)) return move_out(p, n, m, flags, to);
   if (m > n && too_much(m - n, A_PROT(a), 0)) return -ENOMEM;
   if (flags & MREMAP_FIXED) {
     q = PAGE(to);
     if (to % PS) return -EINVAL;
-    if (!IN_ARENA(to) || q + m > SY_ARENA_PAGES || is_native(q)) return -ENOMEM; /* see docs/limits.md */
+    if (q + m > SY_ARENA_PAGES || is_native(q)) return -ENOMEM; /* beyond the arena, or onto what a forked child inherited: docs/limits.md */
     if (q < p + n && p < q + m) return -EINVAL;
     unmap_pages(q, m);
   } else if (!(flags & MREMAP_DONTUNMAP) && m <= n) {
@@ -580,14 +634,35 @@ static long do_mincore(uintptr_t addr, uint64_t size, uint8_t *vec) {
   return 0;
 }
 
+/* Locked pages of [p, p + n); p = SY_ARENA_PAGES: of the whole arena. mlock is rare enough to count anew. */
+static uint64_t locked_pages(uint64_t p, uint64_t n) {
+  if (p == SY_ARENA_PAGES) return locked_pages(0, brk_hi) + locked_pages(SY_BRK_PAGES, mmap_hi - SY_BRK_PAGES);
+  uint64_t sum = 0;
+  for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n)) sum += (LOAD(pte[i]) & SY_PTE_MLOCKED) != 0;
+  return sum;
+}
+static int may_lock_all(void) {
+  struct { uint32_t version; int pid; } head = {0x20080522, 0};
+  uint32_t data[6] = {0};
+  return SYS(__NR_capget, &head, data, 0, 0, 0) == 0 && (data[0] >> 14 /* CAP_IPC_LOCK */ & 1);
+}
 static long do_mlock(uintptr_t addr, uint64_t size, long nr) {
   uint64_t p = PAGE(addr), n = (UP(addr + size) - (addr & ~(PS - 1))) / PS;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
   if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(nr, addr, size, 0, 0, 0);
   if (!all_mapped(p, n)) return -ENOMEM;
-  if (nr == __NR_munlock) return 0;
-  uint64_t lim[2];
-  if (SYS(__NR_prlimit64, 0, 8 /* RLIMIT_MEMLOCK */, 0, lim, 0) == 0 && n * PS > lim[0] && SYS(__NR_geteuid, 0, 0, 0, 0, 0) != 0) return lim[0] ? -ENOMEM : -EPERM;
-  touch(p, n); /* frames never leave RAM by the kernel's doing; keeping them from kswapd is the word's business */
+  if (nr != __NR_munlock) {
+    uint64_t lim[2] = {~0ull, 0}, had = locked_pages(SY_ARENA_PAGES, 0), again = locked_pages(p, n);
+    SYS(__NR_prlimit64, 0, 8 /* RLIMIT_MEMLOCK */, 0, lim, 0);
+    if (!may_lock_all()) {
+      if (!lim[0]) return -EPERM;
+      if ((had - again + n) * PS > lim[0]) return -ENOMEM;
+    }
+    touch(p, n); /* frames never leave RAM by the kernel's doing; the flag keeps them from kswapd */
+  }
+  for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n)) {
+    word_t w = word_lock(i);
+    word_unlock(i, nr == __NR_munlock || !(w & SY_PTE_STATE_MASK) ? w & ~(word_t)SY_PTE_MLOCKED : w | SY_PTE_MLOCKED);
+  }
   return 0;
 }

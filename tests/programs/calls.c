@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -112,6 +113,29 @@ int main(void) {
   SHOW("mincore", "%s %d", err(mincore(u + PS, PS, vec)), vec[0] & 1);
   SHOW("mlock", "%s %s", err(mlock(u, 4 * PS)), err(munlock(u, 4 * PS)));
   SHOW("mlock unmapped", "%s", (munmap(u, 4 * PS), err(mlock(u, PS))));
+
+  /* mappings of other kinds, moved into, within and out of what is managed */
+  char *area = map(32, 3), *file = mmap(NULL, 4 * PS, 3, MAP_SHARED, fd, 0), *far = mmap(NULL, 16 * PS, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  memset(area, 4, 32 * PS), memcpy(file + PS, "file", 4);
+  r = mremap(file, 4 * PS, 4 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, area + 8 * PS);
+  SHOW("file moved into it", "%d: %.4s, beside %d %d, source %s", r == area + 8 * PS, area + 9 * PS, area[8 * PS - 1], area[12 * PS], touch(file, 0));
+  r = mremap(area + 8 * PS, 4 * PS, 4 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, area + 20 * PS);
+  SHOW("and within it", "%d: %.4s, source %s", r == area + 20 * PS, area + 21 * PS, touch(area + 9 * PS, 0));
+  SHOW("shrunk there", "%d: %.4s, tail %s", mremap(r, 4 * PS, 2 * PS, 0) == r, r + PS, touch(r + 3 * PS, 0));
+  memcpy(area, "mine", 4);
+  r = mremap(area, 4 * PS, 6 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, far);
+  SHOW("moved out", "%d: %.4s %d, new part %d, rest %s, source %s", r == far, far, far[3 * PS], far[5 * PS], touch(far + 6 * PS, 1), touch(area, 0));
+  SHOW("all of it unmapped", "%s %s", err(munmap(area, 32 * PS)), err(munmap(far, 16 * PS)));
+  SHOW("nothing moved", "%s", err((long)mremap(far, PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, q)));
+
+  struct rlimit lock = {20 * PS, 20 * PS};
+  char *l1 = map(16, 3), *l2 = map(16, 3);
+  setrlimit(RLIMIT_MEMLOCK, &lock);
+  SHOW("mlock up to the limit", "%s, beyond %s, again %s", err(mlock(l1, 16 * PS)), err(mlock(l2, 16 * PS)), err(mlock(l1, 8 * PS)));
+  SHOW("DONTNEED of locked pages", "%s", err(madvise(l1, PS, MADV_DONTNEED)));
+  SHOW("after munlock", "%s %s %s", err(munlock(l1, 16 * PS)), err(mlock(l2, 16 * PS)), err(madvise(l1, PS, MADV_DONTNEED)));
+  SHOW("after munmap", "%s %s", err(munmap(l2, 16 * PS)), err(mlock(l1, 16 * PS)));
+  munmap(l1, 16 * PS);
 
   strcpy(q, "wipe"), strcpy(q + PS, "keep"), strcpy(q + 2 * PS, "gone");
   madvise(q, PS, MADV_WIPEONFORK);
