@@ -12,6 +12,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from bus import keys
 from bus.codec import BusError, decode_batch, pack, unpack
 
 EVENTS = "events.ipc"
@@ -38,13 +39,16 @@ class Control:
     """Requests to the gateway of ``run_dir``, one at a time; also what a component's runtime asks through.
 
     :param timeout: seconds to wait for each answer
+    :param name: with whose key
+    :raises BusError: there is no such key, or it may not be read
     """
 
-    def __init__(self, run_dir: str | Path, timeout: float = 10.0) -> None:
+    def __init__(self, run_dir: str | Path, timeout: float = 10.0, name: str = keys.OPERATOR) -> None:
         self.run_dir = Path(run_dir)
         self.timeout = timeout
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        keys.connect_as(self._socket, self.run_dir, name)
         self._socket.connect(endpoint(run_dir, REQUESTS))
         self._asked = 0
 
@@ -88,11 +92,12 @@ class Control:
         self.close()
 
 
-def subscriber(run_dir: str | Path, topics: list[bytes]) -> zmq.Socket[bytes]:
-    """A socket that receives the batches of these topics; an empty list means all."""
+def subscriber(run_dir: str | Path, topics: list[bytes], name: str = keys.OPERATOR) -> zmq.Socket[bytes]:
+    """A socket that receives the batches of these topics; an empty list means all. Raises as ``Control``."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    keys.connect_as(socket, Path(run_dir), name)
     for topic in topics or [b""]:
         socket.subscribe(topic)
     socket.connect(endpoint(run_dir, EVENTS))

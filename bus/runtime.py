@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 
 from bus.client import Control, GatewayGone, subscriber
 from bus.codec import MAX_OPS, BusError, decode_batch, field
+from bus.keys import COMPONENT_IDS, uid_of
 from bus.policy import BasePolicy, Transaction
 from bus.tables import Tables
 from bus.topics import MESSAGES, TOPICS, topic_of
-from kernel.abi import OP_DTYPE, ffi, lib, names
+from kernel.abi import OP_DTYPE, ffi, lib
 
 HEARTBEAT = 0.5  # seconds between two
 # Seconds to wait for answers while joining: a gateway that populates RAM which the host must first find may be slow, and
@@ -44,19 +45,18 @@ TICK = 0.1  # seconds after which step() is called although nothing came
 LATE = 2.0  # seconds after which an event that was sent and has not come counts as lost
 BURST = 256  # batches handled in one go
 DEFAULT_RUN_DIR = "/run/sylvie"
-COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
 _NAME = {value: name for name, value in MESSAGES.items()}
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 
 log = logging.getLogger("sylvie")
 
 
-def drop_privileges(component: int) -> None:
+def drop_privileges(component: str) -> None:
     """Becomes the component's own user, for good; does nothing but forbid new privileges if already unprivileged."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
     if os.geteuid() == 0:
-        uid = lib.SY_COMPONENT_UID_BASE + component
+        uid = uid_of(component)
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
@@ -113,8 +113,8 @@ class Runtime:
         self._promised: dict[bytes, int] = {}  # … as the gateway said at _promised_at, until all of it has come
         self._promised_at = 0.0
         self._beat_at = 0.0
-        self.control = Control(run_dir, JOIN_PATIENCE)
-        self.events_in = subscriber(run_dir, self._topics) if self._topics else None
+        self.control = Control(run_dir, JOIN_PATIENCE, name)
+        self.events_in = subscriber(run_dir, self._topics, name) if self._topics else None
 
     # ---- joining ----
     def join(self) -> None:
@@ -254,7 +254,7 @@ def run(name: str, implementation: str, policy_class: type[BasePolicy], run_dir:
     _log_to_stderr()
     runtime: Runtime | None = None
     try:
-        drop_privileges(COMPONENT_IDS[name])
+        drop_privileges(name)
         runtime = Runtime(name, implementation, policy_class, run_dir)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runtime.stop() if runtime else None)

@@ -31,9 +31,10 @@ import psutil
 import zmq
 from numpy.typing import NDArray
 
-from bus import codec
+from bus import codec, keys
 from bus.client import EVENTS, HIGH_WATER, REQUESTS, endpoint
 from bus.codec import BusError
+from bus.keys import COMPONENT_IDS
 from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
 from kernel import host
@@ -46,7 +47,8 @@ TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
 MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
-COMPONENT_IDS = {name.lower(): value for value, name in names("SY_C_").items() if value != lib.SY_C_NONE}
+OF_COMPONENTS = {"hello", "txn", "heartbeat", "goodbye"}  # requests that a component makes in its own name
+OF_ALL = {"sync"}  # all others are the operator's
 OOM = {name.lower(): value for value, name in names("SY_OOM_").items()}
 # States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
 STATES = ("down", "online", "lost")
@@ -83,7 +85,7 @@ class Component:
 class Gateway:
     """One enclave and its bus.
 
-    :param run_dir: existing directory; the sockets appear in it
+    :param run_dir: existing directory, with keys; the sockets appear in it
     :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native"}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
@@ -95,7 +97,7 @@ class Gateway:
         if unknown := sorted(set(chosen) - set(COMPONENT_IDS)):
             raise BusError(f"config.json names unknown components {unknown}: known are {sorted(COMPONENT_IDS)}")
         self.components = {name: Component(name, COMPONENT_IDS[name], str(chosen[name])) for name in chosen}
-        self.counters = {"bad_requests": 0, "batches": 0, "published": 0, "lost_events": 0}
+        self.counters = {"bad_requests": 0, "bad_keys": 0, "batches": 0, "published": 0, "lost_events": 0}
         self._stopping = False
 
         why = ffi.new("char[]", 512)
@@ -123,9 +125,14 @@ class Gateway:
         self.pub.setsockopt(zmq.LINGER, 0)
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
-        # Components run under uids of their own. What keeps others out is the run directory until a key per component
-        # comes with authentication (bus/): ZeroMQ cannot tell a peer's uid.
+        self.zap = keys.Zap(run_dir)
+        self._refusals = []
+        # Anybody may connect; what counts is the key.
         for sock, name in ((self.pub, EVENTS), (self.router, REQUESTS)):
+            keys.serve(sock, run_dir)
+            self._refusals.append(
+                sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+            )
             sock.bind(endpoint(run_dir, name))
             os.chmod(run_dir / name, 0o666)
 
@@ -143,7 +150,7 @@ class Gateway:
         before = signal.set_wakeup_fd(wake_out.fileno())
         event_fd = lib.sy_gw_event_fd(self.gw)
         poller = zmq.Poller()
-        for readable in (event_fd, wake_in.fileno(), self.router):
+        for readable in (event_fd, wake_in.fileno(), self.router, self.zap.socket, *self._refusals):
             poller.register(readable, zmq.POLLIN)
         look_at = 0.0
         try:
@@ -151,6 +158,12 @@ class Gateway:
                 ready = dict(poller.poll(int(TICK * 1000)))
                 if event_fd in ready:
                     self._relay()
+                if self.zap.socket in ready:
+                    self.zap.answer()
+                for monitor in self._refusals:
+                    if monitor in ready:
+                        monitor.recv_multipart()
+                        self.counters["bad_keys"] += 1
                 if self.router in ready:
                     self._answer_all()
                 if (now := time.monotonic()) >= look_at:
@@ -169,8 +182,10 @@ class Gateway:
     def close(self) -> None:
         """Ends the C threads and closes and removes the sockets."""
         lib.sy_gw_stop(self.gw)
-        self.pub.close()
-        self.router.close()
+        for sock in (self.pub, self.router):
+            sock.disable_monitor()
+            sock.close()
+        self.zap.close()
         for name in (EVENTS, REQUESTS):
             (self.run_dir / name).unlink(missing_ok=True)
 
@@ -255,9 +270,11 @@ class Gateway:
     def _answer_all(self) -> None:
         for _ in range(64):
             try:
-                route, *frames = self.router.recv_multipart(zmq.NOBLOCK)
+                messages = self.router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            route, *frames = (message.bytes for message in messages)
+            sender = str(messages[-1].get("User-Id"))  # whose key it is, as Zap said
             rid: Any = None
             raw = b""
             try:
@@ -269,6 +286,7 @@ class Gateway:
                 handler: Callable[..., Any] | None = getattr(self, "request_" + kind.replace("-", "_"), None)
                 if handler is None:
                     raise BusError(f"unknown request {kind!r}")
+                self._permit(sender, kind, header)
                 if kind == "txn":
                     answer, raw = handler(route, header, frames[1] if len(frames) == 2 else b"")
                 else:
@@ -283,6 +301,15 @@ class Gateway:
                 answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             head = codec.pack(answer if rid is None else answer | {"rid": rid})
             self.router.send_multipart([route, head, raw] if raw else [route, head])
+
+    @staticmethod
+    def _permit(sender: str, kind: str, header: dict[str, Any]) -> None:
+        """:raises BusError: the key that a request came with is not of one who may make it"""
+        if kind in OF_COMPONENTS:
+            if (name := codec.field(header, "name", str)) != sender:
+                raise BusError(f"{kind!r} in the name of {name}, with the key of {sender}")
+        elif kind not in OF_ALL and sender != keys.OPERATOR:
+            raise BusError(f"{kind!r} is for the operator, not for {sender}")
 
     def _seqs(self) -> dict[str, int]:
         return {topic.decode(): seq for topic, seq in zip(TOPICS, self._seq, strict=True)}
@@ -488,6 +515,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a program takes six
             host.acquire(run_dir)
             undo.callback(host.release, run_dir)
+            keys.make(run_dir)
+            undo.callback(keys.remove, run_dir)
             gateway = Gateway(run_dir, config)
             undo.callback(gateway.close)
             undo.callback(ready.unlink, missing_ok=True)

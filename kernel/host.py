@@ -72,7 +72,9 @@ class Host:
     def _locked(self) -> Iterator[dict[str, Any]]:
         """The record under a lock; written back atomically, removed when empty."""
         with contextlib.ExitStack() as undo:
-            lock = os.open(self.record.parent, os.O_RDONLY | os.O_DIRECTORY)  # the directory itself: no file of ours stays
+            lock = os.open(
+                self.record.parent, os.O_RDONLY | os.O_DIRECTORY
+            )  # the directory itself: no file of ours stays
             undo.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             state: dict[str, Any] = {"original": {}, "holders": {}}

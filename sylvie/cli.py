@@ -70,7 +70,9 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 )
 @run_dir_option
 @click.pass_context
-def up(ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], oom: str, run_dir: str | None) -> None:
+def up(
+    ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], oom: str, run_dir: str | None
+) -> None:
     """Bring an enclave up: supervisord, gateway, components. Needs root.
 
     \b

@@ -215,8 +215,11 @@ def stop(run_dir: Path) -> None:
 
 def clean(run_dir: Path, existed: bool) -> None:
     """Removes our files; the directory too, unless somebody else made it or has put something into it."""
+    from bus import keys
+
     for name in OURS:
         (run_dir / name).unlink(missing_ok=True)
+    keys.remove(run_dir)
     for log in [*run_dir.glob("*.log"), *run_dir.glob("*.log.[0-9]")]:
         log.unlink(missing_ok=True)
     if not existed and run_dir.exists() and not any(run_dir.iterdir()):
@@ -252,8 +255,12 @@ def down(run_dir: Path) -> None:
 def swap(run_dir: Path, component: str, implementation: str) -> None:
     """Configures another implementation, restarts that one process, waits until it is online."""
     known(component, implementation)
+    if not (run_dir / "config.json").exists():
+        raise Problem(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`")
     if supervisor_pid(run_dir) is None:
-        raise Problem(f"no supervisord for {run_dir}: `sylvie --run-dir {run_dir} down`, then up, starts everything anew")
+        raise Problem(
+            f"no supervisord for {run_dir}: `sylvie --run-dir {run_dir} down`, then up, starts everything anew"
+        )
     config = json.loads((run_dir / "config.json").read_text())
     before = config["components"].get(component)
     write_config(run_dir, config | {"components": config["components"] | {component: implementation}})

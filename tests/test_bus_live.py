@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bus import keys
 from bus.client import Control, GatewayGone, subscribe, subscriber
 from bus.codec import BusError, decode_batch
 from kernel.abi import OP_DTYPE, lib
@@ -66,6 +67,7 @@ class Enclave:
         self.gateway = self.start("-m", "kernel.gateway", "--run-dir", str(run_dir))
         wait_for((run_dir / "gateway.ready").exists)
         self.control = Control(run_dir)
+        self.as_buddy = Control(run_dir, name="buddy")
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
@@ -107,6 +109,7 @@ class Enclave:
         for process in self.processes:
             process.wait(15)
         self.control.close()
+        self.as_buddy.close()
 
 
 @pytest.fixture
@@ -246,12 +249,12 @@ def hello(control: Control, name: str = "buddy", **changes: Any) -> dict[str, An
 
 def test_other_abi_is_refused_saying_both(enclave: Enclave) -> None:
     with pytest.raises(BusError, match=f"ABI 99 asked, gateway speaks {lib.SY_ABI_VERSION}"):
-        hello(enclave.control, abi=99)
+        hello(enclave.as_buddy, abi=99)
 
 
 def test_refusals_change_nothing_and_are_counted(enclave: Enclave) -> None:
-    control = enclave.control
-    before = control.request({"t": "status"})
+    control = enclave.as_buddy
+    before = enclave.control.request({"t": "status"})
     op = np.zeros(1, OP_DTYPE)
     with pytest.raises(BusError, match="not buddy: it has not said HELLO"):
         control.exchange({"t": "txn", "name": "buddy"}, op.tobytes())
@@ -259,9 +262,10 @@ def test_refusals_change_nothing_and_are_counted(enclave: Enclave) -> None:
     refused: list[tuple[dict[str, Any], bytes | None, str]] = [
         ({"t": "txn", "name": "buddy"}, b"x" * 33, "32 bytes, not 33"),
         ({"t": "txn", "name": "buddy"}, None, "not 0 bytes"),
-        ({"t": "txn", "name": "thp"}, op.tobytes(), "no component 'thp'"),
+        ({"t": "txn", "name": "thp"}, op.tobytes(), "in the name of thp, with the key of buddy"),
         ({"t": "txn"}, op.tobytes(), "'name' is missing"),
         ({"t": "no-such"}, None, "unknown request 'no-such'"),
+        ({"t": "status"}, None, "for the operator, not for buddy"),
         ({}, None, "'t' is missing"),
         ({"t": "hello", "name": "buddy", "abi": "1"}, None, "'abi' must be int"),
         ({"t": "heartbeat", "name": "buddy", "dump": 1}, None, "'dump' must be dict"),
@@ -272,7 +276,7 @@ def test_refusals_change_nothing_and_are_counted(enclave: Enclave) -> None:
     for words, why in (({"reserve": [1]}, "list of 11"), ({"reserve": [-1] * 11}, "32 bits"), ({"x": []}, "tunable")):
         with pytest.raises(BusError, match=why):
             hello(control, words=words)
-    after = control.request({"t": "status"})
+    after = enclave.control.request({"t": "status"})
     assert after["counters"]["bad_requests"] - before["counters"]["bad_requests"] == len(refused) + 4
     assert after["frames"]["free"] >= before["frames"]["free"]
 
@@ -288,7 +292,7 @@ def test_garbage_on_the_socket_is_survived(enclave: Enclave) -> None:
 
 def test_operations_are_refused_one_by_one(enclave: Enclave) -> None:
     wait_for(lambda: enclave.control.request({"t": "status"})["frames"]["offline"] == 0)
-    hello(enclave.control)
+    hello(enclave.as_buddy)
     before = enclave.control.request({"t": "status"})["frames"]
     ops = np.zeros(6, OP_DTYPE)
     ops["op"] = lib.SY_OP_GRANT
@@ -299,7 +303,7 @@ def test_operations_are_refused_one_by_one(enclave: Enclave) -> None:
     ops["pfn"][3], ops["order"][3] = 3, 4  # not aligned
     ops["op"][4] = 999
     ops["pfn"][5] = 1 << 30
-    answer, raw = enclave.control.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
+    answer, raw = enclave.as_buddy.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
     assert answer["complete"] == 0
     assert np.frombuffer(raw, OP_DTYPE)["result"].tolist() == [
         lib.SY_R_NOT_FOUND, lib.SY_R_STALE, lib.SY_R_NOT_PERMITTED, lib.SY_R_INVALID, lib.SY_R_INVALID,
@@ -310,6 +314,9 @@ def test_operations_are_refused_one_by_one(enclave: Enclave) -> None:
 
 
 def test_no_gateway_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BusError, match="is an enclave up"):
+        Control(tmp_path)
+    keys.make(tmp_path)
     with Control(tmp_path, timeout=0.2) as control, pytest.raises(GatewayGone, match="is it up"):
         control.request({"t": "status"})
 

@@ -187,7 +187,7 @@ def as_buddy(own_enclave: Enclave) -> Callable[..., list[str]]:
         timeout=30,
         capture_output=True,
     )
-    control = Control(own_enclave.run_dir, 10)
+    control = Control(own_enclave.run_dir, 10, "buddy")
     control.request(
         {"t": "hello", "name": "buddy", "implementation": "test", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()}
     )
@@ -250,10 +250,10 @@ def test_only_the_component_itself_may_commit(own_enclave: Enclave) -> None:
     from bus.client import Control
     from bus.codec import BusError
 
-    with Control(own_enclave.run_dir, 10) as c:
+    with Control(own_enclave.run_dir, 10, "buddy") as c:
         with pytest.raises(BusError, match=r"HELLO|not buddy"):
             c.exchange({"t": "txn", "name": "buddy"}, np.zeros(1, OP_DTYPE).tobytes())
-        with pytest.raises(BusError, match="no component"):
+        with pytest.raises(BusError, match="in the name of nobody, with the key of buddy"):
             c.exchange({"t": "txn", "name": "nobody"}, b"")
         with pytest.raises(BusError, match=rf"ABI 99.*{lib.SY_ABI_VERSION}"):
             c.request({"t": "hello", "name": "buddy", "implementation": "x", "abi": 99, "pid": 1})

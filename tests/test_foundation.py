@@ -226,7 +226,11 @@ def test_descriptors_exhausted(own_enclave: Enclave) -> None:
     limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     used = len(os.listdir(f"/proc/{pid}/fd"))
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, limit[1]))
-    cmd = [sys.executable, "-c", "import sys; print(len(bytearray(3 << 20)), flush=True); sys.stdin.read(); print('end')"]
+    cmd = [
+        sys.executable,
+        "-c",
+        "import sys; print(len(bytearray(3 << 20)), flush=True); sys.stdin.read(); print('end')",
+    ]
     programs = [e.popen(cmd, stdin=subprocess.PIPE) for _ in range(12)]
     assert [p.stdout.readline() for p in programs if p.stdout] == ["3145728\n"] * 12
     cpu = psutil.Process(pid).cpu_times()
