@@ -244,3 +244,24 @@ def test_descriptors_exhausted(own_enclave: Enclave) -> None:
     assert e.run([sys.executable, "-c", "print(len(bytearray(3 << 20)))"]).stdout == "3145728\n"
     assert e.idle()["counters"]["registered"] > s["counters"]["registered"]
     e.check()
+
+
+def test_memory_exhausted(own_enclave: Enclave, root_dir: Path) -> None:
+    """A gateway that gets no more memory: what it cannot take runs natively; if it dies of it, the next one serves."""
+    e = own_enclave
+    stop = root_dir / "stop-memory"
+    programs = everything(e, stop)
+    time.sleep(0.3)
+    pid = e.gateway_pid()
+    limit = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (psutil.Process(pid).memory_info().vms + (1 << 20), limit[1]))
+    programs += everything(e, stop)
+    time.sleep(1)
+    if psutil.pid_exists(pid):
+        resource.prlimit(pid, resource.RLIMIT_AS, limit)
+    all_ok(programs, stop)
+    wait_for(lambda: gateway_pid(e) != 0 and e.component()["state"] == "online", 30, "nobody serves")
+    registered = e.idle()["counters"]["registered"]
+    assert e.run([sys.executable, "-c", "print(len(bytearray(3 << 20)))"]).stdout == "3145728\n"
+    assert e.idle()["counters"]["registered"] > registered
+    e.check()

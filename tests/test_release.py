@@ -82,6 +82,13 @@ print(b.count(b"x"), c.count(b"y"), len(os.listdir("/proc/self/task")))
     assert "33554432 8388608 1" in both(enclave, [sys.executable, "-c", code])
 
 
+def test_waiters_on_futexes_that_are_not_private(enclave: Enclave, compiled: Compiled) -> None:
+    """They wait at the frame; after the release, who wakes them looks at the address."""
+    before = released(enclave)
+    assert both(enclave, [compiled("shared_futex")]) == "joined\nsemaphore\nfutex\n"
+    assert released(enclave) == before + 1
+
+
 def test_mlockall(enclave: Enclave, compiled: Compiled) -> None:
     """Before anything is managed the kernel must not be made to fill the arena; later, memory is locked as it is natively."""
     assert both(enclave, [compiled("mlockall")]) == "mlockall 0\nallocated 1, locked 1 x 32 MiB\n"
