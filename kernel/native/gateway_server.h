@@ -315,8 +315,12 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   case SYS_io_setup: case SYS_setsockopt: case SYS_userfaultfd: /* leave no trace among the descriptors, or not of whose memory they mean */
     if (!as_of_process(g, pid)) mark(g, pid);
     break;
-  case SYS_prlimit64: /* may be meant for somebody else */
-    if (u.n.data.args[0]) pid = (pid_t)u.n.data.args[0];
+  case SYS_prlimit64: /* may be meant for somebody else: of the same user, or the kernel will say no */
+    if (u.n.data.args[0]) {
+      long caller = status_field(pid, "\nUid:");
+      pid = (pid_t)u.n.data.args[0];
+      if (caller && caller != status_field(pid, "\nUid:")) pid = -1;
+    }
     break;
   }
   struct as *a = as_of_process(g, pid);

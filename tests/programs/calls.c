@@ -114,6 +114,31 @@ int main(void) {
   SHOW("mlock", "%s %s", err(mlock(u, 4 * PS)), err(munlock(u, 4 * PS)));
   SHOW("mlock unmapped", "%s", (munmap(u, 4 * PS), err(mlock(u, PS))));
 
+  /* hints: taken where there is room, ignored where there is none */
+  char *room = map(64, 3), *hinted;
+  munmap(room, 64 * PS);
+  hinted = mmap(room + 16 * PS, 4 * PS, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  SHOW("hint at a free place", "%d %s", hinted == room + 16 * PS, touch(hinted, 1));
+  char *other = mmap(hinted, 4 * PS, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  SHOW("hint at a taken place", "%d %s", other != MAP_FAILED && other != hinted, touch(other, 1));
+  SHOW("hint that is not aligned", "%d", (hinted = mmap((char *)0x123456789, PS, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) != MAP_FAILED && (uintptr_t)hinted % PS == 0);
+  char *low = mmap((char *)0x200000000, PS, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  SHOW("hint far away", "%d %s", low == (char *)0x200000000, touch(low, 1));
+  memset(other, 8, PS);
+  SHOW("FREE", "%s %d", err(madvise(other, PS, MADV_FREE)), *other == 0 || *other == 8);
+  const char *done = err(pkey_mprotect(other, PS, PROT_READ, -1));
+  SHOW("pkey_mprotect without a key", "%s, write %s", done, touch(other, 1));
+  done = err(pkey_mprotect(other, PS, 3, -1));
+  SHOW("back", "%s %s", done, touch(other, 1));
+  int key = pkey_alloc(0, 1 /* PKEY_DISABLE_ACCESS */);
+  if (key >= 0) {
+    done = err(pkey_mprotect(other, PS, 3, key));
+    SHOW("pkey_mprotect with a key", "%s, read %s", done, touch(other, 0));
+    pkey_set(key, 0);
+    SHOW("the key given", "%s", touch(other, 0));
+  } else
+    SHOW("no protection keys", "%s", err(pkey_mprotect(other, PS, 3, 1)));
+
   /* mappings of other kinds, moved into, within and out of what is managed */
   char *area = map(32, 3), *file = mmap(NULL, 4 * PS, 3, MAP_SHARED, fd, 0), *far = mmap(NULL, 16 * PS, 3, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   memset(area, 4, 32 * PS), memcpy(file + PS, "file", 4);
@@ -121,20 +146,26 @@ int main(void) {
   SHOW("file moved into it", "%d: %.4s, beside %d %d, source %s", r == area + 8 * PS, area + 9 * PS, area[8 * PS - 1], area[12 * PS], touch(file, 0));
   r = mremap(area + 8 * PS, 4 * PS, 4 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, area + 20 * PS);
   SHOW("and within it", "%d: %.4s, source %s", r == area + 20 * PS, area + 21 * PS, touch(area + 9 * PS, 0));
-  SHOW("shrunk there", "%d: %.4s, tail %s", mremap(r, 4 * PS, 2 * PS, 0) == r, r + PS, touch(r + 3 * PS, 0));
+  int same = mremap(r, 4 * PS, 2 * PS, 0) == r;
+  SHOW("shrunk there", "%d: %.4s, tail %s", same, r + PS, touch(r + 3 * PS, 0));
   memcpy(area, "mine", 4);
   r = mremap(area, 4 * PS, 6 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, far);
-  SHOW("moved out", "%d: %.4s %d, new part %d, rest %s, source %s", r == far, far, far[3 * PS], far[5 * PS], touch(far + 6 * PS, 1), touch(area, 0));
+  done = touch(far + 6 * PS, 1);
+  SHOW("moved out", "%d: %.4s %d, new part %d, rest %s, source %s", r == far, far, far[3 * PS], far[5 * PS], done, touch(area, 0));
   SHOW("all of it unmapped", "%s %s", err(munmap(area, 32 * PS)), err(munmap(far, 16 * PS)));
   SHOW("nothing moved", "%s", err((long)mremap(far, PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, q)));
 
   struct rlimit lock = {20 * PS, 20 * PS};
   char *l1 = map(16, 3), *l2 = map(16, 3);
   setrlimit(RLIMIT_MEMLOCK, &lock);
-  SHOW("mlock up to the limit", "%s, beyond %s, again %s", err(mlock(l1, 16 * PS)), err(mlock(l2, 16 * PS)), err(mlock(l1, 8 * PS)));
+  SHOW("mlock up to the limit", "%s", err(mlock(l1, 16 * PS)));
+  SHOW("beyond it", "%s", err(mlock(l2, 16 * PS)));
+  SHOW("the same again", "%s", err(mlock(l1, 8 * PS)));
   SHOW("DONTNEED of locked pages", "%s", err(madvise(l1, PS, MADV_DONTNEED)));
-  SHOW("after munlock", "%s %s %s", err(munlock(l1, 16 * PS)), err(mlock(l2, 16 * PS)), err(madvise(l1, PS, MADV_DONTNEED)));
-  SHOW("after munmap", "%s %s", err(munmap(l2, 16 * PS)), err(mlock(l1, 16 * PS)));
+  munlock(l1, 16 * PS), done = err(mlock(l2, 16 * PS));
+  SHOW("after munlock", "%s %s", done, err(madvise(l1, PS, MADV_DONTNEED)));
+  munmap(l2, 16 * PS);
+  SHOW("after munmap", "%s", err(mlock(l1, 16 * PS)));
   munmap(l1, 16 * PS);
 
   strcpy(q, "wipe"), strcpy(q + PS, "keep"), strcpy(q + 2 * PS, "gone");
