@@ -479,49 +479,52 @@ static void turn_away(struct sy_gateway *g, struct conn *listener) {
   g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
 
+/* One batch of what connections have for us. */
+static void serve(struct sy_gateway *g, int timeout_ms) {
+  struct epoll_event ev[64];
+  int n = epoll_wait(g->ep, ev, 64, timeout_ms);
+  finish_commands(g, NULL, 0);
+  for (int i = 0; i < n; i++) {
+    struct conn *c = ev[i].data.ptr;
+    if (c->dead) continue;
+    switch (c->kind) {
+    case CONN_LISTEN:
+      for (int fd; (fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;) add_conn(g, fd, CONN_NEW);
+      if (errno == EMFILE || errno == ENFILE) turn_away(g, c);
+      break;
+    case CONN_NEW: hello(g, c); break;
+    case CONN_STUB: stub_request(g, c); break;
+    case CONN_KEEPER: {
+      char b[64];
+      int fd[4], k;
+      ssize_t r = recv_fds(c->fd, b, sizeof b, fd, &k, 4);
+      for (int j = 0; j < k; j++) close(fd[j]);
+      if (r >= 0) { /* it has nothing to say; 0: the tree has ended */
+        for (int j = 0; j < g->npend; j++)
+          if (g->pend[j].listener == c->peer) g->pend[j].listener = NULL;
+        drop_conn(c);
+      }
+      break;
+    }
+    case CONN_NOTIFY:
+      if (ev[i].events & EPOLLIN) notification(g, c);
+      else epoll_ctl(g->ep, EPOLL_CTL_DEL, c->fd, NULL); /* the last process has gone; the keeper's end follows */
+      break;
+    case CONN_POKE: poked(g, c); break;
+    }
+  }
+  while (dead_list) {
+    struct conn *c = dead_list;
+    dead_list = c->next_dead;
+    free(c);
+  }
+}
+
 static void *server_thread(void *arg) {
   struct sy_gateway *g = arg;
   struct sched_param sp = {.sched_priority = SERVER_PRIORITY};
   pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp); /* a program may be waiting; without privilege: no harm */
-  struct epoll_event ev[64];
-  while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
-    int n = epoll_wait(g->ep, ev, 64, test_dying(g));
-    finish_commands(g, NULL, 0);
-    for (int i = 0; i < n; i++) {
-      struct conn *c = ev[i].data.ptr;
-      if (c->dead) continue;
-      switch (c->kind) {
-      case CONN_LISTEN:
-        for (int fd; (fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;) add_conn(g, fd, CONN_NEW);
-        if (errno == EMFILE || errno == ENFILE) turn_away(g, c);
-        break;
-      case CONN_NEW: hello(g, c); break;
-      case CONN_STUB: stub_request(g, c); break;
-      case CONN_KEEPER: {
-        char b[64];
-        int fd[4], k;
-        ssize_t r = recv_fds(c->fd, b, sizeof b, fd, &k, 4);
-        for (int j = 0; j < k; j++) close(fd[j]);
-        if (r >= 0) { /* it has nothing to say; 0: the tree has ended */
-          for (int j = 0; j < g->npend; j++)
-            if (g->pend[j].listener == c->peer) g->pend[j].listener = NULL;
-          drop_conn(c);
-        }
-        break;
-      }
-      case CONN_NOTIFY:
-        if (ev[i].events & EPOLLIN) notification(g, c);
-        else epoll_ctl(g->ep, EPOLL_CTL_DEL, c->fd, NULL); /* the last process has gone; the keeper's end follows */
-        break;
-      case CONN_POKE: poked(g, c); break;
-      }
-    }
-    while (dead_list) {
-      struct conn *c = dead_list;
-      dead_list = c->next_dead;
-      free(c);
-    }
-  }
+  while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) serve(g, test_dying(g));
   return NULL;
 }
 
