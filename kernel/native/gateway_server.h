@@ -126,6 +126,11 @@ static int holds_references(struct sy_gateway *g, pid_t pid) {
   }
   closedir(d);
   return found;
+/* Is that descriptor what the client says it is? What is not must never come near epoll or an ioctl. */
+static int is_fd(int fd, const char *what) {
+  char p[64], link[64] = "";
+  snprintf(p, sizeof p, "/proc/self/fd/%d", fd);
+  return readlink(p, link, sizeof link - 1) >= 0 && !strcmp(link, what);
 }
 
 static void hello(struct sy_gateway *g, struct conn *c) {
@@ -157,7 +162,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro}, ok ? 2 : 0);
     goto refuse; /* it has what it needs */
   }
-  if (h.kind == SY_HELLO_KEEPER && n == 2) {
+  if (h.kind == SY_HELLO_KEEPER && n == 2 && is_fd(fd[0], "anon_inode:seccomp notify")) {
     struct stat st;
     void *page = fstat(fd[1], &st) || st.st_size < 4096 ? MAP_FAILED : mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd[1], 0);
     close(fd[1]);
@@ -173,9 +178,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     return;
   }
   if (h.kind == SY_HELLO_STUB && n == 1) {
-    char p[64], link[64] = "";
-    snprintf(p, sizeof p, "/proc/self/fd/%d", fd[0]);
-    if (readlink(p, link, sizeof link - 1) < 0 || strcmp(link, "anon_inode:[userfaultfd]")) {
+    if (!is_fd(fd[0], "anon_inode:[userfaultfd]")) {
       count(g, SY_CNT_REFUSED, 1);
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
