@@ -57,7 +57,7 @@ enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY,
 struct as;
 struct conn {
   enum conn_kind kind;
-  int fd;
+  int fd, ep;
   pid_t pid;
   struct as *as;
   struct conn *peer; /* keeper <-> its listener */

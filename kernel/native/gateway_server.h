@@ -13,7 +13,7 @@ static struct conn *add_conn(struct sy_gateway *g, int fd, enum conn_kind kind) 
     close(fd);
     return NULL;
   }
-  c->kind = kind, c->fd = fd;
+  c->kind = kind, c->fd = fd, c->ep = g->ep;
   struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
   if (epoll_ctl(g->ep, EPOLL_CTL_ADD, fd, &e)) {
     close(fd), free(c);
@@ -25,6 +25,8 @@ static struct conn *add_conn(struct sy_gateway *g, int fd, enum conn_kind kind) 
 static void drop_conn(struct conn *c) {
   if (c->dead) return;
   c->dead = 1;
+  /* By itself close() does not do that: what the other side sent us it may still hold, and epoll knows files, not descriptors. */
+  epoll_ctl(c->ep, EPOLL_CTL_DEL, c->fd, NULL);
   close(c->fd);
   if (c->page) munmap(c->page, 4096);
   c->page = NULL;
