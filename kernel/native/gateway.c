@@ -564,6 +564,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
       return;
     }
     release_frames(g, a, m.pfn, m.npages);
+    m.order = 0;
     break;
   case SY_MSG_PAGE_MOVED:
     if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
@@ -571,6 +572,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
       return;
     }
     map_frames(g, a, m.pfn, m.npages, m.vpage);
+    m.order = 0;
     break;
   case SY_MSG_MAGAZINE_LOW:
     if (m.order > 9) {
@@ -583,7 +585,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
   case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_MM_MADVISE: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
   default: bad(g, a); return;
   }
-  if (m.pfn < g->nframes) m.node = g->frames[m.pfn].node;
+  m.node = m.pfn < g->nframes ? g->frames[m.pfn].node : 0; /* nothing unchecked goes on to the bus */
   event(g, m);
 }
 
