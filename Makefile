@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CMD ?=
 
-.PHONY: setup run test soak lint bench clean
+.PHONY: setup run test soak fuzz lint bench clean
 setup: $(VENV)/.ready
 	@$(PY) -m kernel.native.build
 
@@ -22,6 +22,11 @@ test: setup
 
 soak: setup
 	$(PY) -m pytest -m soak --timeout 3600
+
+# The gateway's C half under random inputs, for so long; 0: without end. New inputs are kept in build/fuzz/corpus.
+SECONDS ?= 60
+fuzz: setup
+	tests/fuzz/run $(SECONDS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
