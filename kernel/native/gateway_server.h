@@ -128,6 +128,8 @@ static int holds_references(struct sy_gateway *g, pid_t pid) {
   }
   closedir(d);
   return found;
+}
+
 /* Is that descriptor what the client says it is? What is not must never come near epoll or an ioctl. */
 static int is_fd(int fd, const char *what) {
   char p[64], link[64] = "";
