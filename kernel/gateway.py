@@ -48,6 +48,10 @@ MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
 MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
 OF_COMPONENTS = {"hello", "txn", "heartbeat", "goodbye"}  # requests that a component makes in its own name
+# Whichever side is quicker to find that keys do not fit names the event.
+FAILED_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 OF_ALL = {"sync"}  # all others are the operator's
 OOM = {name.lower(): value for value, name in names("SY_OOM_").items()}
 # States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
@@ -130,9 +134,7 @@ class Gateway:
         # Anybody may connect; what counts is the key.
         for sock, name in ((self.pub, EVENTS), (self.router, REQUESTS)):
             keys.serve(sock, run_dir)
-            self._refusals.append(
-                sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-            )
+            self._refusals.append(sock.get_monitor_socket(FAILED_HANDSHAKES))
             sock.bind(endpoint(run_dir, name))
             os.chmod(run_dir / name, 0o666)
 

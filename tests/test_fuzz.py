@@ -13,7 +13,9 @@ RUN = Path(__file__).resolve().parent / "fuzz" / "run"
 
 def fuzz(*arguments: str, timeout: float) -> str:
     """Runs the fuzzer; what it said. Its sentence about the first failure is in the assertion."""
-    done = subprocess.run([RUN, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout, check=False)
+    done = subprocess.run(
+        [RUN, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+    )
     why = re.findall(r"VIOLATED.*|ERROR.*|SUMMARY.*|.*Test unit written to.*|.*error:.*", done.stderr)
     assert done.returncode == 0, "\n".join(why) or done.stderr[-2000:]
     return done.stderr

@@ -371,8 +371,9 @@ static long do_mmap(long *a) {
       if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
       return (long)VA(p);
     }
-    p = addr && IN_ARENA(addr) && addr % PS == 0 && PAGE(addr) >= SY_BRK_PAGES && !is_native(PAGE(addr)) && PAGE(addr) + n <= SY_ARENA_PAGES && all_free(PAGE(addr), n)
-            ? PAGE(addr) : find(n);
+    int hint = addr && IN_ARENA(addr) && addr % PS == 0 && PAGE(addr) >= SY_BRK_PAGES && !is_native(PAGE(addr)) && PAGE(addr) + n <= SY_ARENA_PAGES;
+    if (hint) drop_kept_in(PAGE(addr), n); /* free, to the program */
+    p = hint && all_free(PAGE(addr), n) ? PAGE(addr) : find(n);
     if (!p) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, -1, 0); /* the arena is full: natively */
   }
   map_pages(p, n, A_OF(prot));
