@@ -168,10 +168,14 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   }
   if (h.kind == SY_HELLO_KEEPER && n == 2 && is_fd(fd[0], "anon_inode:seccomp notify")) {
     struct stat st;
-    void *page = fstat(fd[1], &st) || st.st_size < 4096 ? MAP_FAILED : mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd[1], 0);
+    struct statfs fs;
+    int seals = fcntl(fd[1], F_GET_SEALS); /* a page that could shrink, or whose filesystem is the client's, is SIGBUS or a wait at its pleasure */
+    int ok = seals >= 0 && seals & F_SEAL_SHRINK && !fstatfs(fd[1], &fs) && fs.f_type == TMPFS_MAGIC && !fstat(fd[1], &st) && st.st_size >= 4096;
+    void *page = ok ? mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd[1], 0) : MAP_FAILED;
     close(fd[1]);
     struct conn *lc = page == MAP_FAILED ? NULL : add_conn(g, fd[0], CONN_NOTIFY);
     if (!lc) {
+      count(g, SY_CNT_REFUSED, 1);
       if (page == MAP_FAILED) close(fd[0]);
       else munmap(page, 4096);
       drop_conn(c);

@@ -63,8 +63,8 @@ int main(int argc, char **argv) {
   int listener = recv_fd(3);
   close(3);
   if (listener < 0) return 1; /* the launcher runs below another managed program, or has died */
-  int page = memfd_create("sylvie-keeper", MFD_CLOEXEC);
-  if (page < 0 || ftruncate(page, 4096)) return 1;
+  int page = memfd_create("sylvie-keeper", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (page < 0 || ftruncate(page, 4096) || fcntl(page, F_ADD_SEALS, F_SEAL_SHRINK)) return 1; /* the gateway insists: it writes there */
   volatile struct sy_keeper_page *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
   if (p == MAP_FAILED) return 1;
 
