@@ -108,3 +108,84 @@ def test_what_is_not_a_listener_is_refused(e: Enclave) -> None:
     finally:
         for fd in (out, into, page):
             os.close(fd)
+
+
+# A process under a filter of its own, which holds the listener and so can do what a keeper must not. It asks for the
+# notification of getpgid() only.
+KEEPER = """
+import array, ctypes, fcntl, os, socket, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+class Prog(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_ushort), ("p", ctypes.c_void_p)]
+# load nr; equal to getpgid: notify; allow
+code = struct.pack("<" + "HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 121, 6, 0, 0, 0x7fc00000, 6, 0, 0, 0x7fff0000)
+buffer = ctypes.create_string_buffer(code)
+prog = Prog(4, ctypes.addressof(buffer))
+libc.prctl(38, 1, 0, 0, 0)
+listener = libc.syscall(317, 1, 8, ctypes.byref(prog))
+assert listener >= 0, ctypes.get_errno()
+gateway = socket.socket(fileno=int(sys.argv[2]))
+page = os.memfd_create("page", os.MFD_ALLOW_SEALING)
+os.truncate(page, 4096)
+def offer():
+    socket.send_fds(gateway, [bytes.fromhex(sys.argv[1])], [listener, page])
+def call():  # answered by whoever serves the listener
+    return threading.Thread(target=libc.getpgid, args=(0,), daemon=True)
+"""
+SEAL = "fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)\n"
+
+
+def bad_keeper(e: Enclave, code: str) -> str:
+    """Runs KEEPER and code; what it printed."""
+    with Raw(e) as raw:
+        at = raw.sock.fileno()
+        done = subprocess.run(
+            [sys.executable, "-c", KEEPER + code, hello(lib.SY_HELLO_KEEPER).hex(), str(at)],
+            pass_fds=[at], capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_keeper_whose_page_shrinks_is_refused(e: Enclave) -> None:
+    """The gateway writes to that page: it would get SIGBUS."""
+    before = refused(e)
+    said = bad_keeper(e, "offer(); time.sleep(0.5); os.truncate(page, 0); t = call(); t.start(); t.join(1); print(gateway.recv(9))")
+    assert said == "b''\n"
+    assert refused(e) == before + 1
+
+
+def test_notifications_that_somebody_else_takes(e: Enclave) -> None:
+    """Between the gateway's being told of a notification and its taking it, the client's own thread takes it: the gateway's would wait."""
+    code = SEAL + """
+def steal():
+    n = ctypes.create_string_buffer(80)
+    while True:
+        ctypes.memset(n, 0, 80)
+        if not libc.ioctl(listener, ctypes.c_ulong(0xc0502100), n):
+            r = struct.pack("<QqiI", struct.unpack_from("<Q", n)[0], 0, 0, 1)
+            libc.ioctl(listener, ctypes.c_ulong(0xc0182101), r)
+offer()
+for _ in range(2):
+    threading.Thread(target=steal, daemon=True).start()
+time.sleep(0.2)
+for _ in range(300):
+    t = call()
+    t.start()
+    t.join(5)
+    assert not t.is_alive()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s:  # does the gateway still serve others?
+        s.settimeout(5)
+        s.connect(gateway.getpeername())
+        s.send(b"nonsense")
+        assert s.recv(9) == b""
+print("done")
+"""
+    assert bad_keeper(e, code) == "done\n"
+
+
+def test_keeper_that_says_something_is_dropped(e: Enclave) -> None:
+    """… while it holds the listener still, and notifications come."""
+    code = SEAL + "offer(); gateway.send(b'x'); time.sleep(0.3)\nfor _ in range(50): call().start()\ntime.sleep(0.5)\nprint(gateway.recv(9))"
+    assert bad_keeper(e, code) == "b''\n"
+    assert idle_cpu(e) < 0.5

@@ -64,7 +64,7 @@ struct conn {
   struct as *as;
   struct conn *peer; /* keeper <-> its listener */
   struct sy_keeper_page *page;
-  int dead;
+  int dead, late; /* late: notifications in a row that somebody else had taken */
   struct conn *next_dead;
 };
 
@@ -146,7 +146,8 @@ struct sy_gateway {
   int npool;
 
   pthread_t server, drain, populate;
-  int have_server, have_drain, have_populate;
+  int have_server, have_drain, have_populate, have_watch;
+  timer_t watch;          /* interrupts the server thread */
   int stopping, ep, listen_fd, poke_fd, spare_fd;
   struct pending *pend;
   int npend, pend_cap;

@@ -306,10 +306,40 @@ static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, cons
   if (a->outstanding < SY_CMD_SLOTS) send_command(a, p); /* else when one of those is done */
   return 0;
 }
+/* The tree has ended, or is not to be served any more: what it waits for its keeper answers. */
+static void drop_keeper(struct sy_gateway *g, struct conn *keeper) {
+  for (int j = 0; j < g->npend; j++)
+    if (g->pend[j].listener == keeper->peer) g->pend[j].listener = NULL;
+  drop_conn(keeper);
+}
+/* Taking a notification waits, whatever epoll said, when somebody else who holds the listener was quicker; a signal ends that. */
+#define WATCH_SIGNAL (SIGRTMIN + 7)
+static void watch_off(int s) { (void)s; }
+static void watch(struct sy_gateway *g, long ns) {
+  struct itimerspec t = {{0, ns}, {0, ns}};
+  if (g->have_watch) timer_settime(g->watch, 0, &t, NULL);
+}
+static void start_watch(struct sy_gateway *g) {
+  struct sigaction sa = {.sa_handler = watch_off}; /* no SA_RESTART: the call must end */
+  struct sigevent e = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = WATCH_SIGNAL};
+  sigset_t s;
+  sigemptyset(&s), sigaddset(&s, WATCH_SIGNAL);
+  e._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+  if (sigaction(WATCH_SIGNAL, &sa, NULL) || pthread_sigmask(SIG_UNBLOCK, &s, NULL)) return;
+  g->have_watch = !timer_create(CLOCK_MONOTONIC, &e, &g->watch);
+}
 static void notification(struct sy_gateway *g, struct conn *lc) {
   union { struct seccomp_notif n; char room[256]; } u;
   memset(&u, 0, sizeof u);
-  if (ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_RECV, &u.n)) return;
+  watch(g, 2000000);
+  int r = ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_RECV, &u.n), interrupted = r && errno == EINTR;
+  watch(g, 0);
+  lc->late = interrupted ? lc->late + 1 : 0;
+  if (lc->late > 4 && lc->peer) { /* once may be a caller that was killed just then; our keepers never take one */
+    count(g, SY_CNT_REFUSED, 1);
+    drop_keeper(g, lc->peer);
+  }
+  if (r) return;
   struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
   for (int i = 0; page && i < SY_KEEPER_INFLIGHT; i++)
     if (!page->inflight[i]) {
@@ -510,11 +540,7 @@ static void serve(struct sy_gateway *g, int timeout_ms) {
       int fd[4], k;
       ssize_t r = recv_fds(c->fd, b, sizeof b, fd, &k, 4);
       for (int j = 0; j < k; j++) close(fd[j]);
-      if (r >= 0) { /* it has nothing to say; 0: the tree has ended */
-        for (int j = 0; j < g->npend; j++)
-          if (g->pend[j].listener == c->peer) g->pend[j].listener = NULL;
-        drop_conn(c);
-      }
+      if (r >= 0) drop_keeper(g, c); /* it has nothing to say; 0: the tree has ended */
       break;
     }
     case CONN_NOTIFY:
@@ -535,6 +561,7 @@ static void *server_thread(void *arg) {
   struct sy_gateway *g = arg;
   struct sched_param sp = {.sched_priority = SERVER_PRIORITY};
   pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp); /* a program may be waiting; without privilege: no harm */
+  start_watch(g);
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) serve(g, test_dying(g));
   return NULL;
 }

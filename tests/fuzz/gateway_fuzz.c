@@ -442,7 +442,7 @@ static void bury_all(void) {
     peer[i] = (struct peer){-1, -1, -1, 0};
   }
   nnotif = 0;
-  for (int i = 0; i < 20 && (G->nas > 1 || i < 4); i++) fz_now += 11000000000ull, run_server();
+  for (int i = 0; i < 600 && (G->nas > 1 || i < 4); i++) fz_now += 11000000000ull, run_server();
   MUST(G->nas == 1, "%u address spaces stay when their processes have ended", G->nas - 1);
   MUST(G->npend == 0, "%d commands wait for the dead", G->npend);
   for (int o = 0; o <= SY_MAX_ORDER; o++)
