@@ -270,7 +270,7 @@ def test_garbage_on_the_gateways_socket(own_enclave: Enclave) -> None:
     path = str(own_enclave.run_dir / "gateway.sock")
     hello = ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_STUB, 0))
     good = bytes(ffi.buffer(hello))
-    before = own_enclave.status()["counters"]["refused"]
+    before = own_enclave.status()["counters"]["bad_hellos"]
     null = os.open("/dev/null", os.O_RDONLY)
     for data, fds in [
         (b"", []),
@@ -295,7 +295,7 @@ def test_garbage_on_the_gateways_socket(own_enclave: Enclave) -> None:
         s.send(bytes(ffi.buffer(hello)))
         welcome = ffi.from_buffer("struct sy_welcome[]", s.recv(4096))[0]
         assert (welcome.status, welcome.abi) == (lib.SY_W_ABI, lib.SY_ABI_VERSION)
-    assert own_enclave.status()["counters"]["refused"] > before
+    assert own_enclave.status()["counters"]["bad_hellos"] > before
     assert own_enclave.run(["echo", "fine"]).stdout == "fine\n"
     own_enclave.check()
 

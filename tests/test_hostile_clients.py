@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def e(besieged: Enclave) -> Iterator[Enclave]:
 
 
 def refused(e: Enclave) -> int:
-    return int(e.status()["counters"]["refused"])
+    return int(e.status()["counters"]["bad_hellos"])
 
 
 def idle_cpu(e: Enclave, seconds: float = 1) -> float:
@@ -126,7 +127,8 @@ prog = Prog(4, ctypes.addressof(buffer))
 libc.prctl(38, 1, 0, 0, 0)
 listener = libc.syscall(317, 1, 8, ctypes.byref(prog))
 assert listener >= 0, ctypes.get_errno()
-gateway = socket.socket(fileno=int(sys.argv[2]))
+gateway = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+gateway.connect(sys.argv[2])
 page = os.memfd_create("page", os.MFD_ALLOW_SEALING)
 os.truncate(page, 4096)
 def offer():
@@ -137,15 +139,18 @@ def call():  # answered by whoever serves the listener
 SEAL = "fcntl.fcntl(page, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)\n"
 
 
+def outside(e: Enclave, code: str, kind: int) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, hello(kind).hex(), str(e.run_dir / "gateway.sock")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
 def bad_keeper(e: Enclave, code: str) -> str:
     """Runs KEEPER and code; what it printed."""
-    with Raw(e) as raw:
-        at = raw.sock.fileno()
-        done = subprocess.run(
-            [sys.executable, "-c", KEEPER + code, hello(lib.SY_HELLO_KEEPER).hex(), str(at)],
-            pass_fds=[at], capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done
+    done = outside(e, KEEPER + code, lib.SY_HELLO_KEEPER)
+    assert done.returncode == 0, done
     return done.stdout
 
 
@@ -191,3 +196,188 @@ def test_keeper_that_says_something_is_dropped(e: Enclave) -> None:
     code = SEAL + "offer(); gateway.send(b'x'); time.sleep(0.3)\nfor _ in range(50): call().start()\ntime.sleep(0.5)\nprint(gateway.recv(9))"
     assert bad_keeper(e, code) == "b''\n"
     assert idle_cpu(e) < 0.5
+
+
+@pytest.mark.parametrize("data", [b"x", b"x" * 15, b"x" * 16, b"x" * 60000, hello(3)[:15], hello(3) + b"x", hello(3, magic=1)])
+def test_garbage_instead_of_a_hello(e: Enclave, data: bytes) -> None:
+    before = refused(e)
+    with Raw(e) as raw:
+        raw.say(data)
+        assert raw.answer() is None
+    assert refused(e) == before + 1
+
+
+def test_another_abi_is_told_so(e: Enclave) -> None:
+    before = refused(e)
+    with Raw(e) as raw:
+        raw.say(hello(lib.SY_HELLO_STUB, abi=77))
+        assert raw.answer() == lib.SY_W_ABI
+    assert refused(e) == before + 1
+
+
+def test_wrong_descriptors(e: Enclave) -> None:
+    """None of them a userfaultfd or a listener; too few, too many."""
+    before, said = refused(e), 0
+    fds = [os.open("/dev/null", os.O_RDWR), memfd(0), memfd(1 << 20), os.pidfd_open(os.getpid()), os.eventfd(1), *os.pipe(), os.open("/", 0)]
+    gateway = psutil.Process(e.gateway_pid())
+    try:
+        open_before = gateway.num_fds()
+        for kind in range(6):
+            for n in (0, 1, 2, 3, 4, 8):
+                for at in range(len(fds)):
+                    some = tuple((fds * 2)[at : at + n])
+                    if kind in (lib.SY_HELLO_NEED_UFFD, lib.SY_HELLO_COMPONENT) and n == 0:
+                        continue  # well-formed
+                    with Raw(e) as raw:
+                        raw.hello(kind, some, 99)
+                        assert raw.answer() in (None, lib.SY_W_REFUSED, lib.SY_W_FULL)
+                    said += 1
+        assert refused(e) == before + said
+        # a pool of prepared address spaces comes and goes with the program beside us
+        wait_for(lambda: gateway.num_fds() <= open_before + 30, 5, "descriptors leak")
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+# A registered client that is no stub.
+MEMBER = """
+import ctypes, fcntl, mmap, os, socket, struct, sys, threading, time
+import numpy as np
+from kernel.abi import MSG_DTYPE, ffi, lib
+gateway = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+gateway.connect(sys.argv[2])
+uffd = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)
+socket.send_fds(gateway, [bytes.fromhex(sys.argv[1])], [uffd])
+data, fds, _, _ = socket.recv_fds(gateway, 4096, 16)
+asid = ffi.from_buffer("struct sy_welcome[]", data)[0].asid
+as_fd, mag_fd, header_fd, bell_fd, ram_fd = fds[:5]
+memory = mmap.mmap(as_fd, lib.SY_AS_BYTES)
+base = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True))
+ctl = ffi.cast("struct sy_as_ctl *", base)
+channel = ffi.cast("struct sy_channel *", base + lib.SY_AS_CHANNEL_OFF)
+mag_memory = mmap.mmap(mag_fd, lib.SY_MAG_BYTES, prot=mmap.PROT_READ)
+mag = ffi.cast("struct sy_mag *", ffi.from_buffer(mag_memory))
+def request(**fields):
+    return bytes(ffi.buffer(ffi.new("struct sy_request *", fields)))
+def bad_claims():
+    time.sleep(0.2)
+    from bus.client import Control
+    with Control(os.path.dirname(sys.argv[2])) as control:
+        spaces = control.request({"t": "status"})["address_spaces"]
+    return next(s["bad_claims"] for s in spaces if s["asid"] == asid)
+"""
+
+
+def bad_stub(e: Enclave, code: str) -> str:
+    """Runs MEMBER and code; what it printed."""
+    done = outside(e, MEMBER + code, lib.SY_HELLO_STUB)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_tables_cannot_be_sealed(e: Enclave) -> None:
+    """A seal against writing would hold for the RAM of everybody."""
+    code = """
+for fd in (as_fd, bell_fd, ram_fd):
+    for seal in (fcntl.F_SEAL_WRITE, 0x10):  # FUTURE_WRITE
+        try:
+            print(fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal))
+        except PermissionError:
+            pass
+"""
+    assert bad_stub(e, code) == ""
+
+
+def test_requests_of_the_wrong_form_are_counted(e: Enclave) -> None:
+    code = """
+q = request(kind=lib.SY_REQ_REFILL, order=0)
+for wrong in (b"x", q[:-1], q + b"x", q * 500, request(kind=0), request(kind=99)):
+    gateway.send(wrong)
+socket.send_fds(gateway, [q], [0])
+print(bad_claims())
+"""
+    assert bad_stub(e, code) == "7\n"
+
+
+def test_priority_is_given_once(e: Enclave) -> None:
+    """Else any thread of any program gets the highest real-time priority by calling itself a service thread."""
+    code = """
+tids = []
+def sit():
+    tids.append(threading.get_native_id())
+    time.sleep(20)
+for _ in range(6):
+    threading.Thread(target=sit, daemon=True).start()
+while len(tids) < 6:
+    time.sleep(0.01)
+for mine in ([1, 2, tids[0]], tids[1:4], tids[3:6]):  # process 1 is not ours
+    gateway.send(request(kind=lib.SY_REQ_READY, tids=mine))
+time.sleep(0.3)
+print([os.sched_getscheduler(t) & 0xff for t in (1, *tids)], bad_claims())
+os._exit(0)
+"""
+    assert bad_stub(e, code.replace("os._exit", "sys.stdout.flush(); os._exit")) == f"{[0, 1, 0, 0, 0, 0, 0]} 2\n"
+
+
+def test_messages_faster_than_they_are_read(e: Enclave) -> None:
+    """A ring that is never empty: `check` must come to an end all the same."""
+    code = """
+slot = np.dtype([("turn", "u8"), ("msg", MSG_DTYPE)])
+slots = np.frombuffer(memory, slot, lib.SY_CHANNEL_SLOTS, lib.SY_AS_CHANNEL_OFF + 128)
+slots["msg"]["type"] = 7
+at = np.arange(lib.SY_CHANNEL_SLOTS, dtype="u8")
+print("ready", flush=True)
+end = time.time() + 6
+while time.time() < end:
+    slots["turn"][slots["turn"] % lib.SY_CHANNEL_SLOTS == at] += 1
+"""
+    with subprocess.Popen([sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")], stdout=subprocess.PIPE) as p:
+        assert p.stdout and p.stdout.readline() == b"ready\n"
+        e.cli("check", timeout=5)
+        assert p.wait(20) == 0
+    assert e.status()["counters"]["bad_claims"] > 100_000
+
+
+def test_many_lost_frames_do_not_hold_up_others(e: Enclave) -> None:
+    """A client that owns many frames, names none, and says that messages were lost, again and again."""
+    code = """
+for i in range(14):
+    gateway.send(request(kind=lib.SY_REQ_REFILL, order=9))
+    time.sleep(0.02)
+for o in range(10):
+    ctl.mag_head[o] = mag.ring[o].tail
+print(sum(mag.ring[o].tail << o for o in range(10)), flush=True)
+for _ in range(15):
+    channel.overflow += 1
+    time.sleep(0.2)
+"""
+    slowest = 0.0
+    with subprocess.Popen([sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")], stdout=subprocess.PIPE) as p, Raw(e) as raw:
+        assert p.stdout and int(p.stdout.readline()) > 20_000
+        raw.sock.close()
+        while p.poll() is None:
+            began = time.monotonic()
+            e.request(t="fault-order", asid=0, order=4, max_order=9)  # takes the gateway's lock
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.01)
+    assert slowest < 0.25
+
+
+def test_thousands_of_silent_connections(e: Enclave) -> None:
+    """More than the gateway may have descriptors: those that say nothing give way to those that do."""
+    gateway = psutil.Process(e.gateway_pid())
+    before = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
+    registered = e.status()["counters"]["registered"]
+    silent: list[Raw] = []
+    try:
+        resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (gateway.num_fds() + 300, before[1]))
+        for _ in range(3000):
+            silent.append(Raw(e))
+        assert idle_cpu(e) < 0.5
+        assert e.run([sys.executable, "-c", "print(len(bytearray(1 << 22)))"], timeout=20).stdout == "4194304\n"
+        assert e.status()["counters"]["registered"] == registered + 1
+    finally:
+        resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, before)
+        for raw in silent:
+            raw.sock.close()

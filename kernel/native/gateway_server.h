@@ -146,11 +146,11 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   if (r < 0) return;
   getsockopt(c->fd, SOL_SOCKET, SO_PEERCRED, &cred, &l);
   if (r != sizeof h || h.magic != SY_MAGIC) {
-    if (r) count(g, SY_CNT_REFUSED, 1);
+    if (r) count(g, SY_CNT_BAD_HELLOS, 1);
     goto refuse;
   }
   if (h.abi != SY_ABI_VERSION) {
-    count(g, SY_CNT_REFUSED, 1);
+    count(g, SY_CNT_BAD_HELLOS, 1);
     welcome(g, c->fd, SY_W_ABI, 0, NULL, 0);
     goto refuse;
   }
@@ -162,7 +162,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   }
   if (h.kind == SY_HELLO_COMPONENT && n == 0) {
     int ok = h.arg >= SY_C_BUDDY && h.arg <= SY_C_SCHED && (cred.uid == 0 || cred.uid == SY_COMPONENT_UID_BASE + h.arg);
-    if (!ok) count(g, SY_CNT_REFUSED, 1);
+    if (!ok) count(g, SY_CNT_BAD_HELLOS, 1);
     welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro}, ok ? 2 : 0);
     goto refuse; /* it has what it needs */
   }
@@ -175,7 +175,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     close(fd[1]);
     struct conn *lc = page == MAP_FAILED ? NULL : add_conn(g, fd[0], CONN_NOTIFY);
     if (!lc) {
-      count(g, SY_CNT_REFUSED, 1);
+      count(g, SY_CNT_BAD_HELLOS, 1);
       if (page == MAP_FAILED) close(fd[0]);
       else munmap(page, 4096);
       drop_conn(c);
@@ -187,7 +187,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   }
   if (h.kind == SY_HELLO_STUB && n == 1) {
     if (!is_fd(fd[0], "anon_inode:[userfaultfd]")) {
-      count(g, SY_CNT_REFUSED, 1);
+      count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
     }
@@ -200,7 +200,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
                                                           UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_THREAD_ID};
     struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0]);
     if (!a) {
-      count(g, SY_CNT_REFUSED, 1);
+      count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, SY_W_FULL, 0, NULL, 0);
       goto refuse;
     }
@@ -210,7 +210,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     welcome(g, c->fd, SY_W_OK, a->asid, out, 4 + (int)g->nodes);
     return;
   }
-  count(g, SY_CNT_REFUSED, 1);
+  count(g, SY_CNT_BAD_HELLOS, 1);
 refuse:
   for (int i = 0; i < n; i++) close(fd[i]);
   drop_conn(c);
@@ -336,7 +336,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   watch(g, 0);
   lc->late = interrupted ? lc->late + 1 : 0;
   if (lc->late > 4 && lc->peer) { /* once may be a caller that was killed just then; our keepers never take one */
-    count(g, SY_CNT_REFUSED, 1);
+    count(g, SY_CNT_BAD_HELLOS, 1);
     drop_keeper(g, lc->peer);
   }
   if (r) return;
