@@ -49,13 +49,13 @@ static int send_fds(int sock, const void *b, size_t n, const int *fd, int nfd) {
   }
   return sendmsg(sock, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)n ? 0 : -1;
 }
-/* Bytes received, 0 = hung up, -1 = nothing there. All descriptors that came are in fd[0..*nfd), to be closed by the caller. */
+/* Bytes that were sent (n at most are stored), 0 = hung up, -1 = nothing there. All descriptors that came are in fd[0..*nfd), to be closed by the caller. */
 static ssize_t recv_fds(int sock, void *b, size_t n, int *fd, int *nfd, int max) {
   union { char c[CMSG_SPACE(sizeof(int) * 16)]; struct cmsghdr h; } u;
   struct iovec v = {b, n};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = u.c, .msg_controllen = sizeof u.c};
   *nfd = 0;
-  ssize_t r = recvmsg(sock, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  ssize_t r = recvmsg(sock, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | MSG_TRUNC);
   if (r < 0) return errno == EAGAIN || errno == EINTR ? -1 : 0;
   for (struct cmsghdr *h = CMSG_FIRSTHDR(&m); h; h = CMSG_NXTHDR(&m, h)) {
     if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
