@@ -412,7 +412,7 @@ static int make_memfd(const char *name, uint64_t size) {
     close(fd);
     return -1;
   }
-  fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+  fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL); /* SEAL: or a client could seal the RAM of all against writing */
   return fd;
 }
 static int make_pair(int *as_fd, int *mag_fd, int *mag_ro, uint8_t **mem, struct sy_mag **mag) {
