@@ -83,6 +83,7 @@ struct as {
   uint32_t list;          /* first owned frame, NONE = none */
   uint64_t frames, mapped, bad_claims, urgent;
   uint32_t mag_head_seen[10];
+  int ready;              /* its service threads have their priority */
   int dying;              /* socket hung up: freed once the mm is gone */
   uint64_t dying_since_ns, next_test_ns, test_step_ns;
   uint64_t cmd_id;        /* last one sent */

@@ -444,7 +444,14 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
   switch (q.kind) {
   case SY_REQ_READY:
-    for (int i = 0; i < 4; i++) {
+    if (a->ready) { /* once: the priority is for the stub's threads, not for a program that asks for it */
+      pthread_mutex_lock(&g->lock);
+      bad(g, a);
+      pthread_mutex_unlock(&g->lock);
+      break;
+    }
+    a->ready = 1;
+    for (int i = 0; i <= SY_SERVICE_THREADS; i++) {
       if (!thread_there(c->pid, q.tids[i])) continue; /* not a thread of that process: a lie, or another pid namespace */
       a->tids[i] = q.tids[i];
       struct sched_param sp = {.sched_priority = SERVICE_PRIORITY};
@@ -515,7 +522,7 @@ static void turn_away(struct sy_gateway *g, struct conn *listener) {
   if (fd < 0) usleep(10000); /* somebody was faster when it was opened again below */
   else do {
     close(fd);
-    if ((fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) count(g, SY_CNT_REFUSED, 1);
+    if ((fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) count(g, SY_CNT_BAD_HELLOS, 1);
   } while (fd >= 0);
   g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
