@@ -192,7 +192,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
       goto refuse;
     }
     if (holds_references(g, cred.pid)) { /* docs/decisions/0005 */
-      count(g, SY_CNT_REFUSED, 1);
+      count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
     }
