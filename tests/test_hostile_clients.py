@@ -66,7 +66,7 @@ def memfd(size: int, flags: int = 0) -> int:
 
 @pytest.fixture(scope="module")
 def besieged(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "h", "--ram", "256M")
+    e = bring_up(root_dir / "h", "--ram", "512M")
     yield e
     take_down(e)
 
@@ -276,6 +276,11 @@ def bad_stub(e: Enclave, code: str) -> str:
     return done.stdout
 
 
+def bad_stub_running(e: Enclave, code: str) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE)
+
+
 def test_tables_cannot_be_sealed(e: Enclave) -> None:
     """A seal against writing would hold for the RAM of everybody."""
     code = """
@@ -320,29 +325,27 @@ os._exit(0)
     assert bad_stub(e, code.replace("os._exit", "sys.stdout.flush(); os._exit")) == f"{[0, 1, 0, 0, 0, 0, 0]} 2\n"
 
 
-def test_messages_faster_than_they_are_read(e: Enclave) -> None:
-    """A ring that is never empty: `check` must come to an end all the same."""
-    code = """
-slot = np.dtype([("turn", "u8"), ("msg", MSG_DTYPE)])
-slots = np.frombuffer(memory, slot, lib.SY_CHANNEL_SLOTS, lib.SY_AS_CHANNEL_OFF + 128)
-slots["msg"]["type"] = 7
-at = np.arange(lib.SY_CHANNEL_SLOTS, dtype="u8")
+def test_messages_faster_than_they_are_read(e: Enclave, compiled: Compiled) -> None:
+    """A ring that is never empty: `check` must come to an end all the same, and the client's death be noticed."""
+    code = f"""
+import subprocess
 print("ready", flush=True)
-end = time.time() + 6
-while time.time() < end:
-    slots["turn"][slots["turn"] % lib.SY_CHANNEL_SLOTS == at] += 1
+subprocess.run(["{compiled("flood")}", str(as_fd), "6"], pass_fds=[as_fd], check=True)
 """
-    with subprocess.Popen([sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")], stdout=subprocess.PIPE) as p:
+    with bad_stub_running(e, code) as p:
         assert p.stdout and p.stdout.readline() == b"ready\n"
-        e.cli("check", timeout=5)
+        time.sleep(0.5)
+        for _ in range(3):
+            e.request(t="check")  # what is under way in the ring is no violation, but a liar's
+        assert p.poll() is None, "check waited for the end of the flood"
         assert p.wait(20) == 0
-    assert e.status()["counters"]["bad_claims"] > 100_000
+    assert e.status()["counters"]["bad_claims"] > 1_000_000
 
 
 def test_many_lost_frames_do_not_hold_up_others(e: Enclave) -> None:
     """A client that owns many frames, names none, and says that messages were lost, again and again."""
     code = """
-for i in range(14):
+for i in range(45):
     gateway.send(request(kind=lib.SY_REQ_REFILL, order=9))
     time.sleep(0.02)
 for o in range(10):
@@ -353,15 +356,14 @@ for _ in range(15):
     time.sleep(0.2)
 """
     slowest = 0.0
-    with subprocess.Popen([sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")], stdout=subprocess.PIPE) as p, Raw(e) as raw:
-        assert p.stdout and int(p.stdout.readline()) > 20_000
-        raw.sock.close()
+    with bad_stub_running(e, code) as p:
+        assert p.stdout and int(p.stdout.readline()) > 80_000
         while p.poll() is None:
             began = time.monotonic()
             e.request(t="fault-order", asid=0, order=4, max_order=9)  # takes the gateway's lock
             slowest = max(slowest, time.monotonic() - began)
             time.sleep(0.01)
-    assert slowest < 0.25
+    assert slowest < 0.3
 
 
 def test_thousands_of_silent_connections(e: Enclave) -> None:

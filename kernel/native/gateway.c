@@ -595,60 +595,60 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
 
 /* The page table is the truth; a channel that overflowed lost some of what led to it. A frame that the address space owns, but neither its page
  * table, nor its magazine, nor its hand names, twice and unchanged, was freed by a message that was lost. */
-static int cmp32(const void *x, const void *y) { return (*(const uint32_t *)x > *(const uint32_t *)y) - (*(const uint32_t *)x < *(const uint32_t *)y); }
+static void name_block(struct sy_gateway *g, uint64_t *named, uint64_t pfn, uint32_t n) {
+  for (uint64_t f = pfn; f < pfn + n && f < g->nframes; f++) named[f / 64] |= 1ull << f % 64;
+}
+/* May this frame, unnamed in the first pass, go? */
+static int is_lost(struct sy_gateway *g, struct as *a, const uint64_t *named, const uint32_t *suspect) {
+  uint32_t f = suspect[0];
+  return g->frames[f].asid == a->asid && g->frames[f].barrier == suspect[1] && !(named[f / 64] >> f % 64 & 1);
+}
 static void resync(struct sy_gateway *g, struct as *a) {
-  uint32_t *named = malloc((a->frames + 1) * sizeof *named);
-  uint64_t n = 0;
-  if (!named) return;
+  uint64_t *named = calloc((g->nframes + 63) / 64, 8); /* a bit a frame: others wait meanwhile, so nothing here may be worse than linear */
+  uint32_t *lost = a->resync_pass ? NULL : malloc((a->frames + 1) * 2 * sizeof *lost);
+  if (!named || (!a->resync_pass && !lost)) {
+    free(named), free(lost);
+    return;
+  }
   for (uint32_t c = 0; c < SY_CHUNKS; c++) {
     if (!a->chunks[c]) continue;
     for (uint32_t i = c * SY_CHUNK_PAGES; i < (c + 1) * SY_CHUNK_PAGES; i++) {
       uint64_t w = __atomic_load_n(&a->pte[i], __ATOMIC_ACQUIRE);
       int st = w & SY_PTE_STATE_MASK;
       uint64_t pfn = w >> SY_PTE_PFN_SHIFT;
-      if (!(st == SY_PTE_PRESENT || (st == SY_PTE_LOCKED && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || n >= a->frames) continue;
-      if (g->frames[pfn].asid != a->asid) continue;
-      named[n++] = (uint32_t)pfn;
+      if (!(st == SY_PTE_PRESENT || (st == SY_PTE_LOCKED && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || g->frames[pfn].asid != a->asid) continue;
+      name_block(g, named, pfn, 1);
       int wrong = g->frames[pfn].state == SY_FRAME_GRANTED || (g->frames[pfn].state == SY_FRAME_MAPPED && g->frames[pfn].vpage != i);
       if (wrong && st == SY_PTE_PRESENT) map_frames(g, a, (uint32_t)pfn, 1, i); /* its PAGE_MAPPED or PAGE_MOVED was lost */
     }
   }
-  qsort(named, n, sizeof *named, cmp32);
-  /* what is in the magazine or in hand is marked by its GRANTED block */
-  uint32_t *safe = malloc(sizeof *safe * (10 * SY_MAG_SLOTS + SY_SERVICE_THREADS) * 2);
-  uint64_t ns = 0;
-  for (int o = 0; safe && o < 10; o++) {
+  /* what is in the magazine or in hand is named by its block */
+  for (int o = 0; o < 10; o++) {
     struct sy_mag_ring *r = &a->mag->ring[o];
-    for (uint32_t h = r->tail - mag_level(a, o); h != r->tail; h++) safe[ns++] = r->slot[h % SY_MAG_SLOTS], safe[ns++] = 1u << o;
+    for (uint32_t h = r->tail - mag_level(a, o); h != r->tail; h++) name_block(g, named, r->slot[h % SY_MAG_SLOTS], 1u << o);
   }
-  for (int i = 0; safe && i < SY_SERVICE_THREADS; i++)
-    if (a->ctl->in_hand[i] < g->nframes) safe[ns++] = a->ctl->in_hand[i], safe[ns++] = 1u << (a->ctl->in_hand_order[i] % 10);
-  uint32_t *lost = malloc((a->frames + 1) * 2 * sizeof *lost);
-  uint64_t nl = 0;
-  for (uint32_t f = a->list; safe && lost && f != NONE; f = g->fnext[f]) {
-    if (bsearch(&f, named, n, sizeof *named, cmp32)) continue;
-    int kept = 0;
-    for (uint64_t i = 0; i < ns && !kept; i += 2) kept = f - safe[i] < safe[i + 1];
-    if (!kept) lost[nl++] = f, lost[nl++] = g->frames[f].barrier;
-  }
+  for (int i = 0; i < SY_SERVICE_THREADS; i++) name_block(g, named, a->ctl->in_hand[i], 1u << (a->ctl->in_hand_order[i] % 10));
   if (a->resync_pass == 0) {
+    uint64_t n = 0;
+    for (uint32_t f = a->list; f != NONE; f = g->fnext[f])
+      if (!(named[f / 64] >> f % 64 & 1)) lost[n++] = f, lost[n++] = g->frames[f].barrier;
     free(a->suspect);
-    a->suspect = lost, a->suspects = nl, lost = NULL;
+    a->suspect = lost, a->suspects = n;
     a->resync_pass = 1, a->resync_at_ns = now_ns() + 100000000ull;
   } else {
-    for (uint64_t i = 0, j = 0; i < nl && lost; i += 2) {
-      for (j = 0; j < a->suspects && (a->suspect[j] != lost[i] || a->suspect[j + 1] != lost[i + 1]); j += 2) {
-      }
-      if (j >= a->suspects) continue;
-      release_frames(g, a, lost[i], 1);
-      event_frames(g, SY_MSG_PAGE_FREED, a->asid, lost[i], 1, 0);
+    for (uint64_t i = 0; i < a->suspects; i += 2) {
+      uint32_t f = a->suspect[i], n = 1;
+      if (!is_lost(g, a, named, &a->suspect[i])) continue;
+      while (i + 2 < a->suspects && a->suspect[i + 2] == f + n && is_lost(g, a, named, &a->suspect[i + 2])) n++, i += 2;
+      release_frames(g, a, f, n);
+      event_frames(g, SY_MSG_PAGE_FREED, a->asid, f, n, 0);
     }
     count(g, SY_CNT_RESYNCS, 1);
     free(a->suspect);
     a->suspect = NULL, a->suspects = 0, a->resync_pass = 0;
     a->resync_at_ns = a->resync_again ? now_ns() + 50000000ull : 0, a->resync_again = 0;
   }
-  free(named), free(safe), free(lost);
+  free(named);
 }
 
 /* At most `max` messages of one channel; number taken. */
