@@ -504,6 +504,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernel.gateway")
     parser.add_argument("--run-dir", type=Path, default=os.environ.get("SYLVIE_RUN_DIR", "/run/sylvie"))
     run_dir: Path = parser.parse_args(argv).run_dir
+    # A program costs the C half five descriptors.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     ready = run_dir / "gateway.ready"
     ready.unlink(missing_ok=True)

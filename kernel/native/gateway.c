@@ -52,6 +52,9 @@
 #define MAX_AS 4096
 #define EV_RING (1u << 17)
 #define POOL 8
+#ifndef MAX_LOBBY
+#define MAX_LOBBY 256 /* of those that connect and say nothing, the oldest goes when another comes */
+#endif
 #define NONE 0xffffffffu
 
 enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY, CONN_POKE };
@@ -59,13 +62,15 @@ enum conn_kind { CONN_LISTEN = 1, CONN_NEW, CONN_STUB, CONN_KEEPER, CONN_NOTIFY,
 struct as;
 struct conn {
   enum conn_kind kind;
-  int fd, ep;
+  int fd;
+  struct sy_gateway *g;
   pid_t pid;
   struct as *as;
   struct conn *peer; /* keeper <-> its listener */
   struct sy_keeper_page *page;
   int dead, late; /* late: notifications in a row that somebody else had taken */
   struct conn *next_dead;
+  struct conn **lobby, *next; /* CONN_NEW: where the list names it, who came after it */
 };
 
 struct as {
@@ -150,6 +155,8 @@ struct sy_gateway {
   int have_server, have_drain, have_populate, have_watch;
   timer_t watch;          /* interrupts the server thread */
   int stopping, ep, listen_fd, poke_fd, spare_fd;
+  struct conn *lobby, **lobby_end; /* connections that have not said HELLO yet, the oldest first */
+  int nlobby;
   struct pending *pend;
   int npend, pend_cap;
   struct marked marked[64];

@@ -7,18 +7,30 @@
 
 /* ---------------------------------------------------------------- connections (server thread only) */
 static struct conn *dead_list;
+static void enter_lobby(struct sy_gateway *g, struct conn *c) {
+  c->next = NULL, c->lobby = g->lobby_end;
+  *g->lobby_end = c, g->lobby_end = &c->next, g->nlobby++;
+}
+static void leave_lobby(struct sy_gateway *g, struct conn *c) {
+  if (!c->lobby) return;
+  *c->lobby = c->next;
+  if (c->next) c->next->lobby = c->lobby;
+  else g->lobby_end = c->lobby;
+  c->lobby = NULL, g->nlobby--;
+}
 static struct conn *add_conn(struct sy_gateway *g, int fd, enum conn_kind kind) {
   struct conn *c = calloc(1, sizeof *c);
   if (!c) {
     close(fd);
     return NULL;
   }
-  c->kind = kind, c->fd = fd, c->ep = g->ep;
+  c->kind = kind, c->fd = fd, c->g = g;
   struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
   if (epoll_ctl(g->ep, EPOLL_CTL_ADD, fd, &e)) {
     close(fd), free(c);
     return NULL;
   }
+  if (kind == CONN_NEW) enter_lobby(g, c);
   return c;
 }
 /* Closed now, freed after the batch of events in which others may still point to it. */
@@ -26,8 +38,9 @@ static void drop_conn(struct conn *c) {
   if (c->dead) return;
   c->dead = 1;
   /* By itself close() does not do that: what the other side sent us it may still hold, and epoll knows files, not descriptors. */
-  epoll_ctl(c->ep, EPOLL_CTL_DEL, c->fd, NULL);
+  epoll_ctl(c->g->ep, EPOLL_CTL_DEL, c->fd, NULL);
   close(c->fd);
+  leave_lobby(c->g, c);
   if (c->page) munmap(c->page, 4096);
   c->page = NULL;
   c->next_dead = dead_list, dead_list = c;
@@ -158,6 +171,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     int dev = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     welcome(g, c->fd, dev < 0 ? SY_W_REFUSED : SY_W_OK, 0, &dev, dev >= 0);
     if (dev >= 0) close(dev);
+    leave_lobby(g, c), enter_lobby(g, c);
     return;
   }
   if (h.kind == SY_HELLO_COMPONENT && n == 0) {
@@ -182,6 +196,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
       return;
     }
     ioctl(fd[0], SECCOMP_IOCTL_NOTIF_SET_FLAGS, (unsigned long)SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP); /* 6.6 and later */
+    leave_lobby(g, c);
     c->kind = CONN_KEEPER, c->page = page, c->pid = cred.pid, c->peer = lc, lc->peer = c;
     return;
   }
@@ -206,6 +221,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     }
     int out[4 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd};
     for (uint32_t i = 0; i < g->nodes; i++) out[4 + i] = g->ram_fd[i];
+    leave_lobby(g, c);
     c->kind = CONN_STUB, c->as = a, c->pid = cred.pid;
     welcome(g, c->fd, SY_W_OK, a->asid, out, 4 + (int)g->nodes);
     return;
@@ -214,6 +230,31 @@ static void hello(struct sy_gateway *g, struct conn *c) {
 refuse:
   for (int i = 0; i < n; i++) close(fd[i]);
   drop_conn(c);
+}
+
+/* One place more for a newcomer, at the cost of who has been silent longest. */
+static void make_room(struct sy_gateway *g) {
+  struct conn *c = g->lobby;
+  hello(g, c); /* it may have said it by now */
+  if (c->kind != CONN_NEW || c->dead) return;
+  count(g, SY_CNT_BAD_HELLOS, 1);
+  drop_conn(c);
+}
+static void accept_all(struct sy_gateway *g) {
+  for (int n = 0; n < MAX_LOBBY; n++) { /* others have their turn too */
+    int fd = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0) {
+      if (errno != EMFILE && errno != ENFILE) return;
+      /* No descriptor left. Who waits must not wait for ever, nor keep us awake: it hears that we hang up, and runs natively. */
+      close(g->spare_fd);
+      if ((fd = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) close(fd);
+      g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+      count(g, SY_CNT_BAD_HELLOS, 1);
+      continue;
+    }
+    while (g->nlobby >= MAX_LOBBY) make_room(g);
+    add_conn(g, fd, CONN_NEW);
+  }
 }
 
 static void answer_notif(struct conn *lc, uint64_t id, int64_t val, int error, int cont) {
@@ -515,18 +556,6 @@ static void poked(struct sy_gateway *g, struct conn *c) {
   }
 }
 
-/* No descriptor is left. Who waits must hear so (it goes on natively), and this thread must not be woken by it for ever: the spare one
- * takes them in and lets them go. */
-static void turn_away(struct sy_gateway *g, struct conn *listener) {
-  int fd = g->spare_fd;
-  if (fd < 0) usleep(10000); /* somebody was faster when it was opened again below */
-  else do {
-    close(fd);
-    if ((fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) count(g, SY_CNT_BAD_HELLOS, 1);
-  } while (fd >= 0);
-  g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-}
-
 /* One batch of what connections have for us. */
 static void serve(struct sy_gateway *g, int timeout_ms) {
   struct epoll_event ev[64];
@@ -537,8 +566,7 @@ static void serve(struct sy_gateway *g, int timeout_ms) {
     if (c->dead) continue;
     switch (c->kind) {
     case CONN_LISTEN:
-      for (int fd; (fd = accept4(c->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;) add_conn(g, fd, CONN_NEW);
-      if (errno == EMFILE || errno == ENFILE) turn_away(g, c);
+      accept_all(g);
       break;
     case CONN_NEW: hello(g, c); break;
     case CONN_STUB: stub_request(g, c); break;
@@ -843,6 +871,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
   g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
+  g->lobby_end = &g->lobby;
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
   pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
   if (nodes < 1 || nodes > SY_MAX_NODES) FAIL("%u nodes wanted: 1 to %d are possible", nodes, SY_MAX_NODES);
@@ -880,12 +909,13 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
     for (uint64_t f = 0; f < per; f++) g->frames[g->node[i].base + f].node = (uint8_t)i;
   }
 
-  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);
   unlink(g->sock_path);
-  if (g->ev_fd < 0 || g->ep < 0 || g->poke_fd < 0 || g->listen_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
+  if (g->ev_fd < 0 || g->ep < 0 || g->poke_fd < 0 || g->listen_fd < 0 || g->spare_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
   if (bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || chmod(g->sock_path, 0666) || listen(g->listen_fd, 1024)) FAIL("cannot listen on %s: %s", g->sock_path, strerror(errno));
   if (!add_conn(g, g->listen_fd, CONN_LISTEN) || !add_conn(g, g->poke_fd, CONN_POKE)) FAIL("epoll: %s", strerror(errno));
   return g;

@@ -40,6 +40,7 @@ static uint64_t fz_now = 1000000000ull;
 struct sy_gateway;
 struct report;
 static void check_once(struct sy_gateway *g, struct report *r) DULL;
+#define MAX_LOBBY 3
 #include "../../kernel/native/gateway.c"
 #undef clock_gettime
 #undef ioctl
