@@ -443,7 +443,7 @@ static void bury_all(void) {
     peer[i] = (struct peer){-1, -1, -1, 0};
   }
   nnotif = 0;
-  for (int i = 0; i < 600 && (G->nas > 1 || i < 4); i++) fz_now += 11000000000ull, run_server();
+  for (int i = 0, quiet = 0; i < 600 && quiet < 4; i++, quiet = G->nas > 1 || G->nlobby ? 0 : quiet + 1) fz_now += 11000000000ull, run_server();
   MUST(G->nas == 1, "%u address spaces stay when their processes have ended", G->nas - 1);
   MUST(G->npend == 0, "%d commands wait for the dead", G->npend);
   for (int o = 0; o <= SY_MAX_ORDER; o++)
