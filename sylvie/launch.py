@@ -65,15 +65,22 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     if reason := why_native(Path(program)):
         print(f"sylvie: {command[0]} {reason}: it runs natively", file=sys.stderr, flush=True)
-        os.execv(program, command)
+        os.execve(program, command, environment())
     launcher = NATIVE / "sylvie-launch"
     if not launcher.exists():
         fail("the C parts are not built: run `make setup`", 125)
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
-    os.execv(
+    os.execve(
         launcher,
         [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command],
+        environment(),
     )
+
+
+def environment() -> dict[bytes, bytes]:
+    """The environment as it was given to us: in the C locale Python adds LC_CTYPE, which the program must not inherit."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return {name: value for name, eq, value in (e.partition(b"=") for e in entries) if eq}
 
 
 def fail(message: str, status: int) -> NoReturn:
