@@ -116,6 +116,27 @@ static long emulate(long nr, long *a) {
 /* Registers of the thread at the system call site, as sy_entry pushed them. */
 struct regs { long a[6]; long new_sp; long ret; };
 
+/* exit of one thread. Our service threads would keep a process alive whose last thread leaves this way (a child made by clone() whose
+ * function returns, say), so that one ends the process. */
+static long exit_thread(long status) {
+  int pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0), me = (int)SYS(__NR_gettid, 0, 0, 0, 0, 0);
+  uint64_t all = ~0ull;
+  struct stat st;
+  if (service_threads && pid == owner_pid) {
+    SYS(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, 0, 8, 0);
+    lock();
+    /* One at a time, or the last two would take each other for a thread that stays. */
+    for (int tries = 0; left_last && left_last != pid && tries < 10000 && SYS(__NR_tgkill, pid, left_last, 0, 0, 0) == 0; tries++) nap(100);
+    if (me == pid) leader_gone = 1;
+    /* left are: this one, the service threads, and the first thread, which stays visible when it has ended */
+    if (SYS(__NR_newfstatat, -100 /* AT_FDCWD */, "/proc/self/task", &st, 0, 0) == 0 && st.st_nlink == 2 + 1 + service_threads + (leader_gone && me != pid))
+      SYS(__NR_exit_group, status, 0, 0, 0, 0);
+    left_last = me;
+    unlock();
+  }
+  return SYS(__NR_exit, status, 0, 0, 0, 0);
+}
+
 static long exec_managed(long nr, struct regs *r);
 
 long sy_dispatch(struct regs *r, long nr);
@@ -125,6 +146,7 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   r->new_sp = 0;
   switch (nr) { /* what is none of our business goes straight on */
   case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
+  case __NR_exit: return exit_thread(a[0]);
   case __NR_mmap:
     if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : (a[0] || !eligible(a[2], a[3])))
       return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
@@ -175,7 +197,7 @@ __asm__(".text\n.hidden sy_entry\n.globl sy_entry\n.type sy_entry,@function\n"
 void *sy_syscall_back __attribute__((visibility("hidden")));
 #define OURS(nr) "cmp $" #nr ",%eax\n je 2f\n"
 __asm__(".text\n.hidden sy_entry_any\n.globl sy_entry_any\n.type sy_entry_any,@function\n"
-        "sy_entry_any:\n" OURS(9) OURS(10) OURS(11) OURS(12) OURS(25) OURS(27) OURS(28) OURS(57) OURS(59) OURS(149) OURS(150) OURS(322)
+        "sy_entry_any:\n" OURS(9) OURS(10) OURS(11) OURS(12) OURS(25) OURS(27) OURS(28) OURS(57) OURS(59) OURS(60) OURS(149) OURS(150) OURS(322)
         OURS(325) OURS(329) OURS(462)
         "cmp $56,%eax\n jne 1f\n test $0x100,%edi\n jz 2f\n"
         "1: syscall\n jmp *sy_syscall_back(%rip)\n"
@@ -280,6 +302,7 @@ static void patch_all(void) {
   ok &= patch("mprotect", (void *)libc_mprotect, __NR_mprotect, 32, 0) >= 0;
   if (patch("_Fork", (void *)libc__Fork, __NR_clone, 128, 0) < 0) ok &= patch("fork", (void *)libc_fork, __NR_clone, 1024, 0) >= 0;
   ok &= patch("clone", (void *)libc_clone, __NR_clone, 128, 0) >= 0;
+  patch("clone", (void *)libc_clone, __NR_exit, 128, 0); /* where its function has returned */
   ok &= patch("execve", (void *)libc_execve, __NR_execve, 32, 0) >= 0;
   if (&__curbrk && !__curbrk)
     ok &= patch("brk", (void *)libc_brk, __NR_brk, 32, 0) >= 0;

@@ -202,7 +202,6 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
 }
 
 static uintptr_t bait; /* see end_threads */
-static long fault_threads;
 
 /* After a release: faults of before look again, and the one of the command thread's bait ends us. */
 static void released_fault(uint64_t at) {
@@ -244,10 +243,12 @@ static long release_all(void);
 /* The arena is the kernel's again, and nobody reads its faults any more: one fault each ends the threads that do, then this one. */
 static void end_threads(void) {
   struct sy_request q = {.kind = SY_REQ_RELEASED};
+  uint32_t threads = service_threads;
   bait = (uintptr_t)sys_mmap(0, SY_SERVICE_THREADS * PS, RW, ANON, -1, 0);
   struct uffdio_register r = {.range = {bait, SY_SERVICE_THREADS * PS}, .mode = UFFDIO_REGISTER_MODE_MISSING};
   if ((long)bait < 0 || SYS(__NR_ioctl, fd_uffd, UFFDIO_REGISTER, &r, 0, 0) < 0) return; /* no memory for two pages: they stay */
-  for (long i = 0; i < fault_threads; i++) *(volatile char *)(bait + (uintptr_t)i * PS);
+  service_threads = 0; /* see exit_thread */
+  for (uint32_t i = 1; i < threads; i++) *(volatile char *)(bait + (i - 1) * PS);
   SYS(__NR_munmap, bait, SY_SERVICE_THREADS * PS, 0, 0, 0);
   SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
   SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
@@ -367,20 +368,21 @@ static void command_thread(long unused) {
   if (SYS(__NR_close_range, 0, ~0U, 0, 0, 0) < 0)
     for (int i = 0; i < 4096; i++) SYS(__NR_close, i, 0, 0, 0, 0);
   int ok = join_enclave() == 0;
-  fault_threads = 0;
   if (ok) {
     mode = MANAGED;
+    service_threads = 1;
     struct sy_request q = {.kind = SY_REQ_READY};
     q.tids[0] = (uint32_t)SYS(__NR_gettid, 0, 0, 0, 0, 0);
     for (long i = 0; ok && i < SY_SERVICE_THREADS; i++) {
       int t = start_thread(fault_thread, i, fault_stack[i] + sizeof fault_stack[i], THREAD | CLONE_FILES);
       if (t < 0) ok = i > 0; /* one is enough */
-      else q.tids[1 + i] = (uint32_t)t, fault_threads++;
+      else q.tids[1 + i] = (uint32_t)t, service_threads++;
     }
     if (ok) SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   }
   if (!ok) {
     mode = NATIVE;
+    service_threads = 0;
     STORE(join_state, 2);
     futex_wake(&join_state, 0);
     SYS(__NR_exit, 0, 0, 0, 0, 0);

@@ -120,6 +120,7 @@ static long settle_region(uint64_t lo, uint64_t hi, uint64_t top) {
 static void now_forked(void) {
   owner_pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
   forked_bytes = 0;
+  service_threads = 0, leader_gone = left_last = 0;
   STORE(req_word, 0);
   STORE(gateway_dead, 0);
   busy[0] = busy[1] = 0;
