@@ -359,7 +359,8 @@ static int join_enclave(void) {
   return 0;
 }
 
-#define THREAD (CLONE_VM | CLONE_FS | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_UNTRACED)
+/* Without CLONE_FS: the program may enter another mount namespace only if nobody shares its root and directory. */
+#define THREAD (CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_UNTRACED)
 
 static void command_thread(long unused) {
   (void)unused;
@@ -368,13 +369,14 @@ static void command_thread(long unused) {
   if (SYS(__NR_close_range, 0, ~0U, 0, 0, 0) < 0)
     for (int i = 0; i < 4096; i++) SYS(__NR_close, i, 0, 0, 0, 0);
   int ok = join_enclave() == 0;
+  SYS(__NR_chdir, "/", 0, 0, 0, 0); /* the program's directory must not stay busy because of us */
   if (ok) {
     mode = MANAGED;
     service_threads = 1;
     struct sy_request q = {.kind = SY_REQ_READY};
     q.tids[0] = (uint32_t)SYS(__NR_gettid, 0, 0, 0, 0, 0);
     for (long i = 0; ok && i < SY_SERVICE_THREADS; i++) {
-      int t = start_thread(fault_thread, i, fault_stack[i] + sizeof fault_stack[i], THREAD | CLONE_FILES);
+      int t = start_thread(fault_thread, i, fault_stack[i] + sizeof fault_stack[i], THREAD | CLONE_FILES | CLONE_FS);
       if (t < 0) ok = i > 0; /* one is enough */
       else q.tids[1 + i] = (uint32_t)t, service_threads++;
     }
