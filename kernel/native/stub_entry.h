@@ -181,11 +181,14 @@ void sy_entry(void);
 void sy_entry_any(void);
 __asm__(".text\n.hidden sy_entry\n.globl sy_entry\n.type sy_entry,@function\n"
         "sy_entry:\n"
-        "lea -128(%rsp),%rsp\n"
-        "push %r11\n push $0\n push %r9\n push %r8\n push %r10\n push %rdx\n push %rsi\n push %rdi\n"
+        ".cfi_startproc\n .cfi_def_cfa rsp,0\n .cfi_register rip,r11\n" /* debuggers and profilers unwind to the site in libc */
+        "lea -128(%rsp),%rsp\n .cfi_adjust_cfa_offset 128\n"
+        "push %r11\n .cfi_adjust_cfa_offset 8\n .cfi_rel_offset rip,0\n"
+        "push $0\n push %r9\n push %r8\n push %r10\n push %rdx\n push %rsi\n push %rdi\n .cfi_adjust_cfa_offset 56\n"
         "mov %rsp,%rdi\n mov %rax,%rsi\n"
-        "push %rbp\n mov %rsp,%rbp\n and $-16,%rsp\n cld\n"
-        "call sy_dispatch\n"
+        "push %rbp\n .cfi_adjust_cfa_offset 8\n .cfi_rel_offset rbp,0\n"
+        "mov %rsp,%rbp\n .cfi_def_cfa_register rbp\n and $-16,%rsp\n cld\n"
+        "call sy_dispatch\n .cfi_endproc\n"
         "mov %rbp,%rsp\n pop %rbp\n"
         "pop %rdi\n pop %rsi\n pop %rdx\n pop %r10\n pop %r8\n pop %r9\n pop %rcx\n pop %r11\n"
         "lea 128(%rsp),%rsp\n"
