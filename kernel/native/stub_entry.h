@@ -139,6 +139,10 @@ static long exit_thread(long status) {
 
 static long exec_managed(long nr, struct regs *r);
 
+/* An address outside the arena that the program would like, but need not get, as mimalloc asks for each of its segments. Below a
+ * TiB, and for reservations without access, it may mean more: compressed pointers, a heap that is to stay in one piece. */
+static int mere_hint(const long *a) { return !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) && a[2] == RW && (uint64_t)a[0] >= 1ull << 40; }
+
 long sy_dispatch(struct regs *r, long nr);
 long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   long *a = r->a, ret;
@@ -148,7 +152,7 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
   case __NR_exit: return exit_thread(a[0]);
   case __NR_mmap:
-    if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : (a[0] || !eligible(a[2], a[3])))
+    if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : !eligible(a[2], a[3]) || (a[0] && !mere_hint(a)))
       return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
     if ((uint64_t)a[1] > SY_ARENA_SIZE) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
     break;
