@@ -476,7 +476,7 @@ def test_every_way_to_make_a_process(enclave: Enclave, build: Build, shared_tmp:
     assert "dynamic again" in a.stdout and frames_kib(smaps) >= 1 << 10
 
 
-@pytest.mark.parametrize("args", [["0"], ["1"], ["3"], ["0", "released"], ["2", "released"]])
+@pytest.mark.parametrize("args", [["0"], ["1"], ["3"], ["0", "released"], ["2", "released"], ["8", "together"]])
 def test_last_thread_leaves_by_itself(enclave: Enclave, build: Build, tmp_path: Path, args: list[str]) -> None:
     """exit(2) of the last thread ends the process, with its status: no thread of ours keeps it."""
     same(enclave, [build("last_thread"), *args], tmp_path, 4)
