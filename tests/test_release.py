@@ -124,7 +124,7 @@ print("bad", bad)
 
 
 def test_sylvie_release_under_load(enclave: Enclave) -> None:
-    for _ in range(5):
+    for _ in range(3):
         p = enclave.popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE)
         assert p.stdout and p.stdin and p.stdout.readline() == "working\n"
         wait_for(lambda p=p: any(a["pid"] == p.pid and a["mapped"] > 2000 for a in enclave.status()["address_spaces"]), 20, "nothing is mapped")  # fmt: skip

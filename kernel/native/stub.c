@@ -98,7 +98,7 @@ static uint32_t req_word;             /* futex: a program thread (holding mm_loc
 static long (*req_fn)(void *);
 static void *req_arg;
 static long req_result;
-static uint32_t service_threads;       /* of this process, running; after a release too */
+static uint32_t service_threads;       /* of this process, running; 0 after a release */
 static int leader_gone, left_last;     /* program threads that left by exit(2): was the first one among them, and the id of the newest */
 static uint32_t busy[SY_SERVICE_THREADS], gateway_dead;
 static char sock_path[108], stub_path[256], preload_env[320], mark_env[128];
