@@ -141,7 +141,7 @@ def test_gdb_runs(enclave: Enclave, build: Build, tmp_path: Path) -> None:
     cmd = [
         *GDB,
         *gdb("break inner if depth == 0", "run", "backtrace", "print *box->next", "print box->text", "print b->number"),
-        *gdb("next", "print b->untouched[5 << 12]", "set var b->number = 30", "info threads", "continue"),
+        *gdb("next", "next", "print b->untouched[100 << 12]", "set var b->number = 30", "info threads", "continue"),
         build("debuggee", "-g", "-O0"),
     ]
     smaps = tmp_path / "smaps"

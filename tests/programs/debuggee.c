@@ -12,7 +12,7 @@ static volatile int stop;
 
 __attribute__((noinline)) static int inner(struct box *b, int depth) {
   if (depth) return inner(b->next, depth - 1) + 1;
-  b->untouched[5 << 12] = 7; /* a first touch under the debugger */
+  b->untouched[100 << 12] = 7; /* a first touch under the debugger */
   return b->number;
 }
 static void *work(void *count) {
