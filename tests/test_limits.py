@@ -1,0 +1,143 @@
+"""What docs/limits.md says differs from a native run does so, and in no other way: where no other test shows it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Enclave
+
+Compiled = Callable[[str], Path]
+START = """
+import array, ctypes, mmap, os, resource, socket, subprocess, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def managed(): return any("sylvie-ram" in line for line in open("/proc/self/maps"))
+b = bytearray(b"x") * (8 << 20)
+"""
+
+
+def run(enclave: Enclave, code: str, *arguments: str) -> list[str]:
+    """Output lines of a managed Python program."""
+    done = enclave.run([sys.executable, "-c", START + code, *arguments])
+    assert done.returncode == 0, done
+    return done.stdout.splitlines()
+
+
+def test_si_code(enclave: Enclave, compiled: Compiled) -> None:
+    """SEGV_ACCERR (2) where Linux says SEGV_MAPERR (1), of an unmapped address; the same of a protected one."""
+    program = compiled("si_code")
+    assert subprocess.run([program], capture_output=True, text=True, timeout=20).stdout == "unmapped 1\nprotected 2\n"
+    assert enclave.run([program]).stdout == "unmapped 2\nprotected 2\n"
+
+
+def test_a_limit_smaller_than_the_arena_at_the_start(enclave: Enclave) -> None:
+    cmd = ["bash", "-c", 'ulimit -v 4000000; "$@"', "x", sys.executable, "-c", START + "print(managed())"]
+    assert enclave.run(cmd).stdout == "False\n"
+
+
+def test_a_limit_set_from_outside(enclave: Enclave) -> None:
+    """It counts the arena: the kernel's own mappings fail, managed memory goes on."""
+    code = """
+print("there", flush=True); input()
+try: mmap.mmap(-1, 1 << 20); print("mapped")
+except OSError as e: print(e.strerror)
+print(len(bytearray(4 << 20)), managed())
+"""
+    p = enclave.popen([sys.executable, "-c", START + code], stdin=subprocess.PIPE)
+    assert p.stdout and p.stdout.readline() == "there\n"
+    resource.prlimit(p.pid, resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
+    assert p.communicate("\n", timeout=20)[0] == "Cannot allocate memory\n4194304 True\n"
+
+
+def test_locked_memory_is_not_shown_and_filled_at_once(enclave: Enclave) -> None:
+    code = """
+m = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+at = ctypes.addressof(ctypes.c_char.from_buffer(m))
+print(libc.mlock2(ctypes.c_void_p(at), 1 << 20, 1))  # MLOCK_ONFAULT
+vec = (ctypes.c_ubyte * 256)()
+print(libc.mincore(ctypes.c_void_p(at), 1 << 20, vec), sum(vec))
+print(next(line for line in open("/proc/self/status") if line.startswith("VmLck")).split()[1])
+"""
+    assert run(enclave, code) == ["0", "0 256", "0"]
+
+
+def test_what_proc_shows(enclave: Enclave) -> None:
+    code = """
+environ = open("/proc/self/environ").read().split("\\0")
+print([name for name in ("LD_PRELOAD", "_SYLVIE") if any(e.startswith(name + "=") for e in environ)],
+      [name for name in ("LD_PRELOAD", "_SYLVIE") if name in os.environ])
+print(len(os.listdir("/proc/self/task")), threading.active_count())
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(status["RssShmem"].split()[0]) >= 8 << 10)
+"""
+    assert run(enclave, code) == ["['LD_PRELOAD', '_SYLVIE'] []", "4 1", "True"]
+
+
+def test_no_new_privileges_below_an_ordinary_users_run(enclave: Enclave) -> None:
+    native = ROOT / "kernel" / "native"
+    show = ["/bin/grep", "NoNewPrivs", "/proc/self/status"]
+    cmd = [native / "sylvie-launch", enclave.run_dir, native / "libsylvie.so", native / "sylvie-keeper", "--", *show]
+    done = subprocess.run(cmd, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, timeout=20)
+    assert done.stdout == "NoNewPrivs:\t1\n"
+    assert enclave.run(show).stdout == "NoNewPrivs:\t0\n"
+
+
+@pytest.mark.parametrize(
+    "env",
+    ["{f'V{i}': '1' for i in range(30100)}", "{'LD_PRELOAD': '/nowhere/' + 'x' * 1100}"],
+    ids=["30,100 variables", "a long LD_PRELOAD"],
+)
+def test_exec_with_an_environment_beyond_measure(enclave: Enclave, env: str) -> None:
+    code = f"""
+inner = "print(any('sylvie' in line for line in open('/proc/self/maps')), len(bytearray(8 << 20)))"
+print(subprocess.run([sys.executable, "-c", inner], env={env}, capture_output=True, text=True).stdout.strip())
+"""
+    assert run(enclave, code) == ["False 8388608"]
+
+
+def test_calls_that_are_refused(enclave: Enclave) -> None:
+    """clone3 (ENOSYS, 38: the C library falls back to clone) and mseal of managed memory (EPERM, 1)."""
+    code = """
+print(libc.syscall(435, None, 0), ctypes.get_errno())
+m = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print(libc.syscall(462, ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(m))), ctypes.c_size_t(4096), 0), ctypes.get_errno())
+"""
+    assert run(enclave, code) == ["-1 38", "-1 1"]
+
+
+def test_descriptors_that_come_over_a_socket_are_not_seen(enclave: Enclave) -> None:
+    """O_DIRECT by SCM_RIGHTS: the program stays managed."""
+    path = Path("/var/tmp") / f"sylvie-scm-{os.getpid()}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    ours, theirs = socket.socketpair()
+    try:
+        code = "_, fds, _, _ = socket.recv_fds(socket.socket(fileno=int(sys.argv[1])), 10, 1)\nprint(len(fds), managed(), flush=True)"
+        p = enclave.popen([sys.executable, "-c", START + code, theirs.fileno()], pass_fds=[theirs.fileno()])
+        socket.send_fds(ours, [b"x"], [fd])
+        assert p.communicate(timeout=20)[0] == "1 True\n"
+    finally:
+        os.close(fd)
+        ours.close()
+        theirs.close()
+        path.unlink()
+
+
+def test_untracked_heaps_stay_native(enclave: Enclave) -> None:
+    """What limits.md calls not managed: shared and executable anonymous memory, and what MAP_FIXED puts somewhere."""
+    code = """
+def frames(flags, prot=3):
+    m = mmap.mmap(-1, 4 << 20, flags=flags, prot=prot)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(m))
+    m[::4096] = b"x" * 1024
+    spans = [[int(x, 16) for x in line.split()[0].split("-")] for line in open("/proc/self/maps") if "sylvie-ram" in line]
+    return any(lo <= at < hi for lo, hi in spans)
+print(frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), frames(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS),
+      frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7), frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_STACK))
+"""
+    assert run(enclave, code) == ["True False False False"]
