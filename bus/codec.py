@@ -23,7 +23,14 @@ T = TypeVar("T")
 
 
 class BusError(Exception):
-    """Something on the bus is not what it must be, or an answer said no. The text says what was found."""
+    """Something on the bus is not what it must be, or an answer said no. The text says what was found.
+
+    :param reason: the kind of refusal, as ``refusals`` in the gateway's status counts it
+    """
+
+    def __init__(self, text: str, reason: str = "malformed") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 def _plain(value: Any) -> Any:
@@ -43,7 +50,7 @@ def pack(header: dict[str, Any]) -> bytes:
 def unpack(frame: bytes) -> dict[str, Any]:
     """The map in one frame. :raises BusError: too long, not msgpack, not a map."""
     if len(frame) > MAX_HEADER:
-        raise BusError(f"a header of {len(frame)} bytes: at most {MAX_HEADER} are accepted")
+        raise BusError(f"a header of {len(frame)} bytes: at most {MAX_HEADER} are accepted", "oversized")
     try:
         header = msgpack.unpackb(frame, strict_map_key=False)
     except Exception as error:  # msgpack raises half a dozen unrelated types for bad input
@@ -87,5 +94,5 @@ def decode_ops(raw: bytes) -> NDArray[np.void]:
     if not raw or len(raw) % size:
         raise BusError(f"a transaction is a positive number of operations of {size} bytes, not {len(raw)} bytes")
     if len(raw) > MAX_OPS * size:
-        raise BusError(f"{len(raw) // size} operations: at most {MAX_OPS} in one transaction")
+        raise BusError(f"{len(raw) // size} operations: at most {MAX_OPS} in one transaction", "oversized")
     return np.frombuffer(raw, OP_DTYPE).copy()

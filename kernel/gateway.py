@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ FAILED_HANDSHAKES = (
 )
 OF_ALL = {"sync"}  # all others are the operator's
 OOM = {name.lower(): value for value, name in names("SY_OOM_").items()}
+MAX_WHY = 1000  # characters of a refusal
+MAX_DUMP = 1 << 16  # bytes
+RESULTS = {value: name.lower() for value, name in names("SY_R_").items()}
 # States of a component, as ``sylvie status`` says them; their index is ``sy_component.state``.
 STATES = ("down", "online", "lost")
 
@@ -102,6 +106,7 @@ class Gateway:
             raise BusError(f"config.json names unknown components {unknown}: known are {sorted(COMPONENT_IDS)}")
         self.components = {name: Component(name, COMPONENT_IDS[name], str(chosen[name])) for name in chosen}
         self.counters = {"bad_requests": 0, "bad_keys": 0, "batches": 0, "published": 0, "lost_events": 0}
+        self.refusals: Counter[str] = Counter()  # of requests and operations, by reason
         self._stopping = False
 
         why = ffi.new("char[]", 512)
@@ -263,9 +268,11 @@ class Gateway:
         name = codec.field(header, "name", str)
         component = self.components.get(name)
         if component is None:
-            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}")
+            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted")
         if component.route != route:
-            raise BusError(f"this process is not {name}: it has not said HELLO, or pid {component.pid} has taken over")
+            raise BusError(
+                f"this process is not {name}: it has not said HELLO, or pid {component.pid} has taken over", "not_permitted"
+            )
         return component
 
     # ---- requests ----
@@ -277,32 +284,39 @@ class Gateway:
                 return
             route, *frames = (message.bytes for message in messages)
             sender = str(messages[-1].get("User-Id"))  # whose key it is, as Zap said
-            rid: Any = None
+            self.router.send_multipart([route, *self.answer(sender, route, frames)])
+
+    def answer(self, sender: str, route: bytes, frames: list[bytes]) -> list[bytes]:
+        """The frames of the answer to one request; never raises. What is refused is counted by its reason."""
+        rid: Any = None
+        try:
+            if not 1 <= len(frames) <= 2:
+                raise BusError(f"a request has 1 or 2 frames, not {len(frames)}")
+            header = codec.unpack(frames[0])
+            if "rid" in header:
+                rid = codec.field(header, "rid", int)  # goes into the answer: whatever could be in it would, too
+            kind = codec.field(header, "t", str)
+            handler: Callable[..., Any] | None = getattr(self, "request_" + kind.replace("-", "_"), None)
+            if handler is None:
+                raise BusError(f"unknown request {kind!r}", "unknown")
+            self._permit(sender, kind, header)
             raw = b""
-            try:
-                if not 1 <= len(frames) <= 2:
-                    raise BusError(f"a request has 1 or 2 frames, not {len(frames)}")
-                header = codec.unpack(frames[0])
-                rid = header.get("rid")
-                kind = codec.field(header, "t", str)
-                handler: Callable[..., Any] | None = getattr(self, "request_" + kind.replace("-", "_"), None)
-                if handler is None:
-                    raise BusError(f"unknown request {kind!r}")
-                self._permit(sender, kind, header)
-                if kind == "txn":
-                    answer, raw = handler(route, header, frames[1] if len(frames) == 2 else b"")
-                else:
-                    answer = handler(route, header)
-                answer = {"ok": True} | answer
-            except BusError as error:
-                self.counters["bad_requests"] += 1
-                answer = {"ok": False, "error": str(error)}
-            except Exception as error:  # the gateway must outlive whatever a request holds
-                log.exception("a request failed")
-                self.counters["bad_requests"] += 1
-                answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-            head = codec.pack(answer if rid is None else answer | {"rid": rid})
-            self.router.send_multipart([route, head, raw] if raw else [route, head])
+            if kind == "txn":
+                answer, raw = handler(route, header, frames[1] if len(frames) == 2 else b"")
+            else:
+                answer = handler(route, header)
+            head = codec.pack({"ok": True} | answer | ({} if rid is None else {"rid": rid}))
+            return [head, raw] if raw else [head]
+        except BusError as error:
+            reason, why = error.reason, str(error)
+        except Exception as error:  # the gateway must outlive whatever a request holds
+            log.exception("a request failed")
+            reason, why = "internal", f"{type(error).__name__}: {error}"
+        self.counters["bad_requests"] += 1
+        self.refusals[reason] += 1
+        # What was wrong may be in it, and as long as it likes.
+        refusal = {"ok": False, "error": why[:MAX_WHY], "reason": reason}
+        return [codec.pack(refusal if rid is None else refusal | {"rid": rid})]
 
     @staticmethod
     def _permit(sender: str, kind: str, header: dict[str, Any]) -> None:
@@ -321,13 +335,15 @@ class Gateway:
         name = codec.field(header, "name", str)
         component = self.components.get(name)
         if component is None:
-            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}")
+            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted")
         abi = codec.field(header, "abi", int)
         if abi != lib.SY_ABI_VERSION:
             raise BusError(f"ABI {abi} asked, gateway speaks {lib.SY_ABI_VERSION}: build both from one tree")
         implementation, pid = codec.field(header, "implementation", str), codec.field(header, "pid", int)
         if not 0 < pid < 1 << 32:
             raise BusError(f"{pid} is not a process id")
+        if not implementation.isidentifier() or len(implementation) > 100:
+            raise BusError(f"{implementation!r} is not the name of an implementation")
         self._keep_words(component, header.get("words") or {})
         now = time.monotonic()
         if component.since:
@@ -370,6 +386,10 @@ class Gateway:
         ops = codec.decode_ops(raw)
         ops["result"] = lib.SY_R_PENDING
         complete = lib.sy_gw_commit(self.gw, component.id, ffi.from_buffer("struct sy_op[]", ops), len(ops))
+        results = np.bincount(ops["result"], minlength=len(RESULTS))
+        for result in np.flatnonzero(results):
+            if result != lib.SY_R_COMPLETE:
+                self.refusals[RESULTS[int(result)]] += int(results[result])
         return {"complete": complete}, ops.tobytes()
 
     def request_heartbeat(self, route: bytes, header: dict[str, Any]) -> dict[str, Any]:
@@ -377,7 +397,7 @@ class Gateway:
         component = self._sender(route, header)
         component.heartbeat = time.monotonic()
         if "dump" in header:
-            component.dump = codec.field(header, "dump", dict)
+            component.dump = _plain_map(codec.field(header, "dump", dict))
         if component.state != "online":  # it was stopped, or starved
             log.info("%s is back", component.name)
             self._enter(component, "online")
@@ -410,6 +430,7 @@ class Gateway:
             "nodes": [{"base": base, "frames": size} for base, size in self.tables.nodes],
             "address_spaces": self._address_spaces(),
             "reserve": _by_order(levels),
+            "refusals": dict(self.refusals),
             "counters": counters | self.counters | {"events_lost": header.events_lost, "event_seq": header.event_seq},
         }
 
@@ -475,6 +496,24 @@ class Gateway:
             raise BusError(f"{count} test events: at most {MAX_TEST} at once")
         lib.sy_gw_post_test(self.gw, count)
         return {"n": count}
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper_than(levels - 1, entry) for entry in inner)
+
+
+def _plain_map(dump: dict[str, Any]) -> dict[str, Any]:
+    """A component's dump, which goes into everybody's status. :raises BusError: too much of it, or not fit for JSON."""
+    if _deeper_than(20, dump):
+        raise BusError("'dump' is nested more than 20 deep")
+    try:
+        size = len(json.dumps(dump))
+    except (TypeError, ValueError) as error:
+        raise BusError(f"'dump' must be what JSON can say: {error}") from None
+    if size > MAX_DUMP:
+        raise BusError(f"'dump' is {size} bytes of JSON: at most {MAX_DUMP}", "oversized")
+    return dump
 
 
 def _u32(header: dict[str, Any], name: str) -> int:
