@@ -48,6 +48,7 @@ TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
 MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
+MAX_FRAME = 64 << 20  # bytes
 OF_COMPONENTS = {"hello", "txn", "heartbeat", "goodbye"}  # requests that a component makes in its own name
 # Whichever side is quicker to find that keys do not fit names the event.
 FAILED_HANDSHAKES = (
@@ -134,6 +135,8 @@ class Gateway:
         self.pub.setsockopt(zmq.LINGER, 0)
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
+        # Who sends more is hung up on by ZeroMQ, before it has taken our memory; who sends less is told why it is too much.
+        self.router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self.zap = keys.Zap(run_dir)
         self._refusals = []
         # Anybody may connect; what counts is the key.
@@ -323,9 +326,9 @@ class Gateway:
         """:raises BusError: the key that a request came with is not of one who may make it"""
         if kind in OF_COMPONENTS:
             if (name := codec.field(header, "name", str)) != sender:
-                raise BusError(f"{kind!r} in the name of {name}, with the key of {sender}")
+                raise BusError(f"{kind!r} in the name of {name}, with the key of {sender}", "not_permitted")
         elif kind not in OF_ALL and sender != keys.OPERATOR:
-            raise BusError(f"{kind!r} is for the operator, not for {sender}")
+            raise BusError(f"{kind!r} is for the operator, not for {sender}", "not_permitted")
 
     def _seqs(self) -> dict[str, int]:
         return {topic.decode(): seq for topic, seq in zip(TOPICS, self._seq, strict=True)}

@@ -15,12 +15,14 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+import psutil
 import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bus_live import ROOT, Enclave, wait_for
 
+from bus import keys
 from bus.client import REQUESTS, endpoint
 from bus.codec import MAX_HEADER, unpack
 from kernel.abi import OP_DTYPE, lib
@@ -39,6 +41,7 @@ def sender(run_dir: str | Path) -> zmq.Socket[bytes]:
     """A socket on which anything can be said to the gateway."""
     s: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     s.setsockopt(zmq.LINGER, 0)
+    keys.connect_as(s, Path(run_dir), "kswapd")  # one that has a key, and lies
     s.connect(endpoint(run_dir, REQUESTS))
     return s
 
@@ -145,19 +148,27 @@ def test_every_refusal_has_a_reason_and_is_counted(besieged: Enclave) -> None:
             assert after.get(reason, 0) == before.get(reason, 0) + 1, (reason, frames[0][:100], answer)
 
 
+def test_a_frame_that_would_eat_the_memory(besieged: Enclave) -> None:
+    rss = psutil.Process(besieged.gateway.pid).memory_info().rss
+    with sender(besieged.run_dir) as s:
+        s.send(bytes(300 << 20))
+        assert not s.poll(1000)
+    assert psutil.Process(besieged.gateway.pid).memory_info().rss < rss + (200 << 20)
+
+
 def test_replayed_operations_are_stale(besieged: Enclave) -> None:
     """What was right once is not a second time, even from the right one."""
     with tempfile.TemporaryDirectory(prefix="sylvie-") as directory:
         e = Enclave(Path(directory))
         try:
             wait_for(lambda: e.control.request({"t": "status"})["frames"]["offline"] == 0)
-            e.control.request(hello("buddy"))
+            e.as_buddy.request(hello("buddy"))
             ops = np.zeros(64, OP_DTYPE)
             ops["op"], ops["pfn"], ops["barrier"] = lib.SY_OP_RESERVE, np.arange(64), 1
-            answer, raw = e.control.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
+            answer, raw = e.as_buddy.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
             assert answer["complete"] == 64
             for _ in range(20):
-                answer, raw = e.control.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
+                answer, raw = e.as_buddy.exchange({"t": "txn", "name": "buddy"}, ops.tobytes())
                 assert answer["complete"] == 0
                 assert (np.frombuffer(raw, OP_DTYPE)["result"] == lib.SY_R_STALE).all()
             assert refusals(e)["stale"] == 20 * 64
@@ -232,16 +243,17 @@ def requests(draw: st.DrawFn) -> list[bytes]:
 def inside() -> Iterator[Gateway]:
     """A gateway in this process, and in it a buddy whose route is b"good" and a kswapd whose route is b"bad"."""
     with tempfile.TemporaryDirectory(prefix="sylvie-") as directory:
+        keys.make(Path(directory))
         gateway = Gateway(Path(directory), {"ram": 16 << 20, "nodes": 1, "components": {"buddy": "x", "kswapd": "x"}})
         gateway.start()
-        assert unpack(gateway.answer(b"good", [msgpack.packb(hello("buddy"))])[0])["ok"]
+        assert unpack(gateway.answer("buddy", b"good", [msgpack.packb(hello("buddy"))])[0])["ok"]
         yield gateway
         gateway.close()
 
 
 def one_generated(gateway: Gateway, frames: list[bytes]) -> None:
     before = sum(gateway.refusals.values())
-    answer, *_ = gateway.answer(b"bad", frames)
+    answer, *_ = gateway.answer("kswapd" if b"kswapd" in frames[0] else keys.OPERATOR, b"bad", frames)
     header = unpack(answer)
     assert isinstance(header["ok"], bool)
     if not header["ok"]:
@@ -281,7 +293,7 @@ def bulk(gateway: Gateway, n: int) -> None:
         one_generated(gateway, next(made))
         if i % 1000 == 0:
             gateway._relay()
-    assert unpack(gateway.answer(b"good", [msgpack.packb({"t": "check"})])[0])["violations"] == 0
+    assert unpack(gateway.answer(keys.OPERATOR, b"good", [msgpack.packb({"t": "check"})])[0])["violations"] == 0
 
 
 def test_mutated_requests(inside: Gateway) -> None:
