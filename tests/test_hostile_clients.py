@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -75,7 +76,7 @@ def besieged(root_dir: Path) -> Iterator[Enclave]:
 def e(besieged: Enclave) -> Iterator[Enclave]:
     """An enclave in which a real program works during the test; gateway and buddy must be the same afterwards, and everything sound."""
     pids = besieged.gateway_pid(), wait_for(lambda: besieged.component()["pid"], 10, "no buddy")
-    p = load(besieged, 1.5)
+    p = load(besieged, 2)
     wait_for(lambda: besieged.status()["address_spaces"], 10, "the program is not managed")
     yield besieged
     finished(p)
@@ -85,7 +86,7 @@ def e(besieged: Enclave) -> Iterator[Enclave]:
 
 
 def refused(e: Enclave) -> int:
-    return int(e.status()["counters"]["bad_hellos"])
+    return int(e.request(t="status")["counters"]["bad_hellos"])
 
 
 def idle_cpu(e: Enclave, seconds: float = 1) -> float:
@@ -198,13 +199,14 @@ def test_keeper_that_says_something_is_dropped(e: Enclave) -> None:
     assert idle_cpu(e) < 0.5
 
 
-@pytest.mark.parametrize("data", [b"x", b"x" * 15, b"x" * 16, b"x" * 60000, hello(3)[:15], hello(3) + b"x", hello(3, magic=1)])
-def test_garbage_instead_of_a_hello(e: Enclave, data: bytes) -> None:
-    before = refused(e)
-    with Raw(e) as raw:
-        raw.say(data)
-        assert raw.answer() is None
-    assert refused(e) == before + 1
+def test_garbage_instead_of_a_hello(e: Enclave) -> None:
+    good = hello(lib.SY_HELLO_COMPONENT, 1)
+    for data in [b"x", b"x" * 15, b"x" * 16, b"x" * 60000, good[:15], good + b"x", hello(lib.SY_HELLO_COMPONENT, magic=1)]:
+        before = refused(e)
+        with Raw(e) as raw:
+            raw.say(data)
+            assert raw.answer() is None
+        assert refused(e) == before + 1
 
 
 def test_another_abi_is_told_so(e: Enclave) -> None:
@@ -383,3 +385,49 @@ def test_thousands_of_silent_connections(e: Enclave) -> None:
         resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, before)
         for raw in silent:
             raw.sock.close()
+
+
+def test_random_conversations(e: Enclave) -> None:
+    """Anything, in any order, with any descriptors, closed half or wholly at any point."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    gateway = psutil.Process(e.gateway_pid())
+    fds = [os.open("/dev/null", os.O_RDWR), memfd(4096), os.eventfd(1), *os.pipe()]
+    descriptors = gateway.num_fds()
+    try:
+        for _ in range(3000):
+            with Raw(e) as raw:
+                for _ in range(rng.randrange(4)):
+                    data = rng.choice([hello(rng.randrange(6), rng.randrange(9)), rng.randbytes(rng.choice([0, 1, 15, 16, 17, 40, 5000]))])
+                    raw.say(data, tuple(rng.choices(fds, k=rng.randrange(6))))
+                    if rng.random() < 0.2:
+                        with contextlib.suppress(OSError):
+                            raw.sock.shutdown(rng.choice([socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR]))
+        wait_for(lambda: gateway.num_fds() <= descriptors + 30, 5, "descriptors leak")
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_userfaultfd_of_another_process(e: Enclave) -> None:
+    """Nobody can tell whose it is; so frames are that process's as long as it lives, and come back when it ends."""
+    code = """
+import ctypes, os, socket, sys, time
+mine, its = socket.socketpair()
+if os.fork() == 0:
+    socket.send_fds(its, [b"u"], [ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)])
+    os.closerange(0, 3)
+    time.sleep(2)
+    os._exit(0)
+fds = socket.recv_fds(mine, 1, 1)[1]
+gateway = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+gateway.connect(sys.argv[2])
+socket.send_fds(gateway, [bytes.fromhex(sys.argv[1])], fds)
+print(int.from_bytes(gateway.recv(4096)[12:16], "little"))
+"""
+    done = outside(e, code, lib.SY_HELLO_STUB)
+    asid = int(done.stdout)
+    spaces = {s["asid"]: s for s in e.status()["address_spaces"]}
+    assert spaces[asid]["state"] == 1 and spaces[asid]["frames"] > 0
+    wait_for(lambda: asid not in [s["asid"] for s in e.status()["address_spaces"]], 15, "its frames stay")
