@@ -200,12 +200,12 @@ def processes(run_dir: Path) -> list[psutil.Process]:
 def stop(run_dir: Path) -> None:
     """Ends supervisord and all it started; by signal what does not listen."""
     family = processes(run_dir)
-    try:
-        rpc(run_dir).shutdown()
-    except (OSError, xmlrpc.client.Error):
-        for p in reversed(family):  # supervisord first, or it would start the others again
-            with contextlib.suppress(psutil.Error):
-                p.terminate()
+    with contextlib.suppress(OSError, xmlrpc.client.Error):
+        rpc(run_dir).shutdown()  # from now on it starts nothing again
+    # It would end one after the other, a second each. And it may not be there, or not listen.
+    for p in reversed(family):  # supervisord first
+        with contextlib.suppress(psutil.Error):
+            p.terminate()
     _, alive = psutil.wait_procs(family, timeout=20)
     for p in alive:
         with contextlib.suppress(psutil.Error):

@@ -96,7 +96,7 @@ def test_no_byte_frame_or_message_crosses(two: tuple[Enclave, Enclave], root_dir
     ]
     time.sleep(1)  # until they are subscribed
     pids: list[set[int]] = [set(), set()]
-    for round_ in range(4):
+    for round_ in range(3):
         programs = []
         for i, e in enumerate(two):
             for k in range(3):
@@ -156,7 +156,7 @@ def test_a_program_holds_descriptors_of_its_own_enclave_only(two: tuple[Enclave,
 
 def test_frames_are_reused_clean(enclave: Enclave) -> None:
     """One enclave: killed programs leave their marks in frames; the next ones see zeros only."""
-    for round_ in range(3):
+    for round_ in range(2):
         p = enclave.popen([sys.executable, "-c", FILL, MARKS[0], "1000", str(round_)])
         wait_for(lambda: enclave.status()["frames"]["mapped"] > 2000, 20, "nothing is mapped")
         p.kill()
