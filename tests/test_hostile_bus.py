@@ -190,7 +190,7 @@ def test_a_flood_of_small_requests(besieged: Enclave) -> None:
             slowest = max(slowest, time.monotonic() - began)
         assert flood.returncode == 0
         wait_for(lambda: refusals(besieged).get("malformed", 0) == before + 100_000, 20)
-        assert slowest < 2
+        assert slowest < 10
 
 
 def test_death_in_the_middle_of_a_message(besieged: Enclave) -> None:
