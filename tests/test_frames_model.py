@@ -603,6 +603,39 @@ def test_lost_messages_are_made_up_for(real: Real) -> None:
         c.die()
 
 
+def test_refills_of_a_full_magazine(real: Real) -> None:
+    """They are a lie: nothing is taken from the reserve for them, and nobody is told that memory has run out."""
+    c = Client(real)
+    try:
+        for pfn in range(FRAMES - 64, FRAMES):
+            barrier = int(real.frames["barrier"][pfn])
+            assert real.commit(op=lib.SY_OP_RESERVE, pfn=pfn, order=0, barrier=barrier) == "COMPLETE"
+        request = bytes(ffi.buffer(ffi.new("struct sy_request *", {"kind": lib.SY_REQ_REFILL, "order": 0})))
+
+        def refill() -> None:
+            seq = c.mag.refill_seq
+            c.sock.send(request)
+            wait_for(lambda: c.mag.refill_seq != seq, 5, "no answer to a refill")
+
+        while c.level(0) < lib.SY_MAG_SLOTS:
+            refill()
+        for pfn in np.flatnonzero(real.frames["state"] == FREE)[:40].tolist():
+            real.commit(op=lib.SY_OP_RESERVE, pfn=pfn, order=0, barrier=int(real.frames["barrier"][pfn]))
+        real.events()
+        bad, reserved = c.bad_claims(), np.count_nonzero(real.frames["state"] == RESERVED)
+        assert reserved >= 40
+        for _ in range(20):
+            refill()
+        assert np.count_nonzero(real.frames["state"] == RESERVED) == reserved
+        assert c.bad_claims() == bad + 20 and c.mag.no_frames == 0
+        assert lib.SY_MSG_OOM not in real.events()["type"]
+    finally:
+        c.die()
+        for pfn in np.flatnonzero(real.frames["state"] == RESERVED).tolist():
+            real.commit(op=lib.SY_OP_RELEASE, pfn=pfn, order=0, barrier=int(real.frames["barrier"][pfn]))
+    assert real.check() == ""
+
+
 def test_garbage_in_everything_a_client_may_write(real: Real) -> None:
     """Control page, channel and page table full of noise: the gateway's own tables stay sound."""
     rng = np.random.default_rng(1)

@@ -724,8 +724,7 @@ static int mm_gone(struct as *a) {
 }
 static void bury(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
-  while (drain_as(g, a, 4096)) {
-  }
+  drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* not until it is empty: somebody may still hold its memory */
   while (a->list != NONE) {
     uint32_t pfn = a->list, n = 1;
     while (n < 16384 && g->fnext[pfn + n - 1] == pfn + n) n++;

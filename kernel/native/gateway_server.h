@@ -446,8 +446,11 @@ static void out_of_frames(struct sy_gateway *g) {
 /* Answers a stub that waits for frames, if there are any, or if none is an answer. */
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
-  uint32_t got = refill(g, a, a->starving - 1);
-  if (!got && drain_magazines(g)) got = refill(g, a, a->starving - 1);
+  int order = a->starving - 1, full = mag_level(a, order) >= SY_MAG_SLOTS; /* then it does not want for anything */
+  if (full) bad(g, a);
+  uint32_t got = full ? 1 : refill(g, a, order);
+  for (int o = order; o >= 0 && !got; o--) got = mag_level(a, o); /* buddy was quicker */
+  if (!got && drain_magazines(g)) got = refill(g, a, order);
   if (!got) {
     if (!a->starved) count(g, SY_CNT_NO_FRAMES, 1);
     a->starved = 1;
@@ -760,8 +763,7 @@ static uint64_t doubt(int rule, uint64_t object, uint64_t barrier) { return ((ui
 static void check_once(struct sy_gateway *g, struct report *r) {
   pthread_mutex_lock(&g->lock);
   for (uint32_t i = 0; i < g->nas; i++)
-    while (drain_as(g, g->as[i], 4096)) {
-    }
+    drain_as(g, g->as[i], 2 * SY_CHANNEL_SLOTS); /* what was there; it may be filling as fast as it is read */
   uint64_t states[SY_FRAME_STATES] = {0}, owned_total = 0, nfree = 0;
   uint8_t *seen = calloc(g->nframes, 1);
   if (!seen) {
