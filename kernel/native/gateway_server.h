@@ -273,7 +273,7 @@ static int thread_there(pid_t pid, uint32_t tid) {
 /* The answer to a caller whose address space has been released: once the service threads are no more, as what it calls may be for a
  * process of one thread only. 0: not yet. */
 static int answer_released(struct pending *p) {
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < 4 && p->listener; i++) /* (the tree may have ended meanwhile: then nobody waits) */
     if (thread_there(p->pid, p->tids[i])) return 0;
   if (p->listener) answer_notif(p->listener, p->notif_id, 0, 0, 1);
   return 1;
