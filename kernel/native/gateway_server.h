@@ -127,17 +127,19 @@ static int holds_references(struct sy_gateway *g, pid_t pid) {
   if (!d) return 0;
   for (struct dirent *e; !found && (e = readdir(d));) {
     if (e->d_name[0] == '.') continue;
+    snprintf(p, sizeof p, "/proc/%d/fd/%s", pid, e->d_name);
+    ssize_t r = readlink(p, b, sizeof b - 1);
+    b[r > 0 ? r : 0] = 0;
+    found = ++n > MANY_DESCRIPTORS || !strcmp(b, "anon_inode:[io_uring]");
+    /* Of files and pipes only: of an epoll it takes a lock under which the kernel may be waiting for a page of that very program. */
+    if (found || (b[0] != '/' && strncmp(b, "pipe:", 5))) continue;
     snprintf(p, sizeof p, "/proc/%d/fdinfo/%s", pid, e->d_name);
     int fd = open(p, O_RDONLY | O_CLOEXEC);
-    ssize_t r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
+    r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
     if (fd >= 0) close(fd);
     b[r > 0 ? r : 0] = 0;
     char *f = strstr(b, "flags:");
-    found = ++n > MANY_DESCRIPTORS || (f && strtoul(f + 6, NULL, 8) & SY_O_DIRECT);
-    snprintf(p, sizeof p, "/proc/%d/fd/%s", pid, e->d_name);
-    r = readlink(p, b, sizeof b - 1);
-    b[r > 0 ? r : 0] = 0;
-    found |= !strcmp(b, "anon_inode:[io_uring]");
+    found = f && strtoul(f + 6, NULL, 8) & SY_O_DIRECT;
   }
   closedir(d);
   return found;
@@ -304,7 +306,8 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
       } else {
         if (p->cmd_id) a->outstanding--;
         if (p->listener) {
-          int failed = r < 0 && r > -4096, go_on = !failed && p->op == SY_CMD_RELEASE;
+          int too_late = !done && a->released; /* the kernel can do it now */
+          int failed = r < 0 && r > -4096 && !too_late, go_on = too_late || (!failed && p->op == SY_CMD_RELEASE);
           answer_notif(p->listener, p->notif_id, failed || go_on ? 0 : r, failed ? (int)r : 0, go_on);
         }
       }

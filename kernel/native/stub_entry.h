@@ -219,7 +219,14 @@ static long exec_managed(long nr, struct regs *r) {
   if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
   while (env && env[n]) n++;
   if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
-  char *mark = mark_env, *out[n + 3], pre[sizeof preload_env + 1024];
+  /* A small stack may be all there is (posix_spawn's child has 32 KiB): much goes elsewhere. (Below vfork that stays the parent's.) */
+  char *mark = mark_env, *few[n > 200 ? 1 : n + 3], **out = few, pre[sizeof preload_env + 1024];
+  uint64_t much = n > 200 ? UP((n + 3) * sizeof *out) : 0;
+  if (much) {
+    long at = sys_mmap(0, much, RW, ANON, -1, 0);
+    if (at < 0 && at > -4096) return at;
+    out = (char **)at;
+  }
   pre[0] = 0;
   append(pre, sizeof pre, "LD_PRELOAD=");
   append(pre, sizeof pre, stub_path);
@@ -230,14 +237,19 @@ static long exec_managed(long nr, struct regs *r) {
       continue;
     }
     if (starts(env[i], "LD_PRELOAD=")) {
-      if (len(env[i]) > 1000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+      if (len(env[i]) > 1000) {
+        if (much) SYS(__NR_munmap, out, much, 0, 0, 0);
+        return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+      }
       if (!starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
       continue;
     }
     out[k++] = env[i];
   }
   out[k++] = pre, out[k++] = mark, out[k] = 0;
-  return nr == __NR_execve ? SYS(nr, a[0], a[1], out, 0, 0) : SYS(nr, a[0], a[1], a[2], out, a[4]);
+  long failed = nr == __NR_execve ? SYS(nr, a[0], a[1], out, 0, 0) : SYS(nr, a[0], a[1], a[2], out, a[4]);
+  if (much) SYS(__NR_munmap, out, much, 0, 0, 0);
+  return failed;
 }
 
 /* ---------------------------------------------------------------- the sites */

@@ -79,6 +79,12 @@ static int choose_order(uint64_t p) {
 static void lock_back(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++) __atomic_fetch_and(&pte[i], ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED), __ATOMIC_SEQ_CST);
 }
+/* PRESENT with that frame -> LOCKED. */
+static int lock_present(uint64_t p, uint64_t pfn) {
+  word_t x = LOAD(pte[p]);
+  return (x & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && x >> SY_PTE_PFN_SHIFT == pfn &&
+         CAS(pte[p], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
+}
 static int may(uint8_t a, int write) { return (a & A_MAPPED) && (A_PROT(a) & (write ? PROT_WRITE : PROT_READ | PROT_WRITE | PROT_EXEC)); }
 
 static void first_touch(int me, uint64_t p, int write) {
@@ -91,23 +97,23 @@ static void first_touch(int me, uint64_t p, int write) {
   }
   if (got < n) { /* somebody else is at work in this block: look at the fault again */
     lock_back(b, got);
-    wake(p, 1);
+    wake(b, n); /* all of it: who met LOCKED anywhere in it waits */
     return;
   }
   uint8_t a = attr[p]; /* read again under the word's lock */
   int prot = kprot(a), native = 0;
   if (!may(a, write)) { /* not the program's to touch: let the kernel say so (SIGSEGV, or EFAULT inside a call) */
     SYS(__NR_mprotect, VA(p), PS, prot, 0, 0);
+    __atomic_fetch_or(&pte[p], W_KPROT, __ATOMIC_SEQ_CST); /* while it is locked: a mapping made after that must see it */
     lock_back(b, n);
-    __atomic_fetch_or(&pte[p], W_KPROT, __ATOMIC_SEQ_CST);
-    wake(p, 1);
+    wake(b, n);
     return;
   }
   if (order)
     for (uint64_t i = b; i < b + n; i++)
       if (attr[i] != a) {
         lock_back(b, n);
-        wake(p, 1);
+        wake(b, n);
         return;
       }
   uint32_t pfn = SY_NO_FRAME;
@@ -183,15 +189,22 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
         struct uffdio_writeprotect u = {.range = {VA(p), PS}, .mode = 0};
         SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
       } else if (flags & UFFD_PAGEFAULT_FLAG_MINOR) {
-        /* The mapping lost its entries (a huge one that was protected in part, say): give back the whole run around p. */
+        /* The mapping lost its entries (a huge one that was protected in part, say): give back the whole run around p. Under the words'
+         * locks: a page that is evicted meanwhile would get the entry of a frame that is no longer ours. */
         uint64_t b = p & ~(uint64_t)(SY_CHUNK_PAGES - 1), lo = p, hi = p + 1;
         word_t base = w >> SY_PTE_PFN_SHIFT;
-        while (lo > b && (LOAD(pte[lo - 1]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && (LOAD(pte[lo - 1]) >> SY_PTE_PFN_SHIFT) == base - (p - lo + 1)) lo--;
-        while (hi < b + SY_CHUNK_PAGES && (LOAD(pte[hi]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && (LOAD(pte[hi]) >> SY_PTE_PFN_SHIFT) == base + (hi - p)) hi++;
+        if (!lock_present(p, base)) continue;
+        while (lo > b && lock_present(lo - 1, base - (p - lo + 1))) lo--;
+        while (hi < b + SY_CHUNK_PAGES && lock_present(hi, base + (hi - p))) hi++;
         struct uffdio_continue c = {.range = {VA(lo), (hi - lo) * PS}, .mode = UFFDIO_CONTINUE_MODE_DONTWAKE};
         if (SYS(__NR_ioctl, fd_uffd, UFFDIO_CONTINUE, &c, 0, 0) < 0) { /* part of it was there already: just this page */
           c = (struct uffdio_continue){.range = {VA(p), PS}};
           SYS(__NR_ioctl, fd_uffd, UFFDIO_CONTINUE, &c, 0, 0);
+        }
+        for (uint64_t i = lo; i < hi; i++) { /* (the wake below is for CONTENDED too) */
+          word_t x = LOAD(pte[i]);
+          while (!CAS(pte[i], &x, (x & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED | SY_PTE_HASFRAME)) | SY_PTE_PRESENT)) {
+          }
         }
       }
       wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);

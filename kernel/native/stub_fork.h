@@ -127,7 +127,7 @@ static void now_forked(void) {
 }
 
 /* Static, as is the stack: the forking thread's own stack may lie in the arena, and every page of that is protected meanwhile. */
-static struct fork_args { long flags, ptid, ctid, tls; int managed; } fork_args;
+static struct fork_args { long flags, ptid, ctid, tls; int managed, tid; } fork_args;
 
 /* Clone, and what the child does before it goes back. */
 static long do_clone(struct fork_args *f) {
@@ -135,7 +135,9 @@ static long do_clone(struct fork_args *f) {
   /* The kernel writes the child's id where the mapping may still be the parent's: do it ourselves after settling. */
   int tid_later = f->managed && IN_ARENA(f->ctid) && (flags & (CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID));
   if (tid_later) flags &= ~(long)(CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID);
-  long pid = sys6(__NR_clone, flags, 0, f->ptid, f->ctid, f->tls, SY_MARK);
+  /* Likewise for what it writes for the parent: in the arena it would wait for faults that wait for the end of this fork. */
+  int ptid_later = f->managed && IN_ARENA(f->ptid) && (flags & (CLONE_PARENT_SETTID | CLONE_PIDFD));
+  long pid = sys6(__NR_clone, flags, 0, ptid_later ? (long)&f->tid : f->ptid, f->ctid, f->tls, SY_MARK);
   if (pid) return pid;
   if (f->managed) {
     long r = settle_region(brk_floor, brk_hi, SY_BRK_PAGES);
@@ -170,8 +172,8 @@ __asm__(".text\n.hidden sy_on_stack\n.globl sy_on_stack\n.type sy_on_stack,@func
 
 static int gone(long pid) {
   struct { int si[32]; } info = {{0}};
-  long r = SYS(__NR_waitid, 1 /* P_PID */, pid, &info, 0x01000005 | 1 /* WNOWAIT | WEXITED | WNOHANG */, 0);
-  return r == 0 && info.si[0] == SIGCHLD;
+  long r = SYS(__NR_waitid, 1 /* P_PID */, pid, &info, 0x41000005 /* __WALL | WNOWAIT | WEXITED | WNOHANG */, 0);
+  return r == -ECHILD || (r == 0 && info.si[0] == SIGCHLD); /* ECHILD: reaped, by SIG_IGN or another thread */
 }
 
 static long fork_on_stack(struct fork_args *f) {
@@ -194,11 +196,12 @@ static long fork_on_stack(struct fork_args *f) {
   }
   __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
   by_command_thread(protect_request, &off);
+  if (pid > 0 && IN_ARENA(f->ptid) && (f->flags & (CLONE_PARENT_SETTID | CLONE_PIDFD))) *(int *)f->ptid = f->tid;
   return pid;
 }
 /* Caller holds mm_lock. */
 static long do_fork(long flags, long ptid, long ctid, long tls) {
-  fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED};
+  fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED, 0};
   return sy_on_stack(fork_stack + sizeof fork_stack, fork_on_stack, &fork_args);
 }
 

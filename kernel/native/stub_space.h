@@ -288,7 +288,10 @@ static uint64_t reuse(uint64_t n) {
       kept[best].p += n, kept[best].n -= n, kept_pages -= n;
     for (uint64_t end = p + n, q = next_used(p, end); q < end; q = next_used(q, end)) {
       uint64_t k = 0;
-      while (q + k < end && (LOAD(pte[q + k]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT) k++;
+      for (int st; q + k < end; k++) {
+        st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK);
+        if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
+      }
       if (k) memset((void *)VA(q), 0, k * PS);
       q += k ? k : 1;
     }
@@ -617,7 +620,10 @@ static long do_brk(uintptr_t want) {
   uint64_t cur = PAGE(UP(brk_cur)), new = PAGE(UP(want));
   if (new > cur) {
     if (!all_free(cur, new - cur) || too_much(new - cur, RW, 0)) return (long)brk_cur;
-    map_pages(cur, new - cur, A_OF(RW));
+    uint64_t inherited = cur < brk_floor ? (new < brk_floor ? new : brk_floor) - cur : 0; /* trimmed by a forked child: native, as it was */
+    if (inherited && sys_mmap(VA(cur), inherited * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(cur)) return (long)brk_cur;
+    memset(attr + cur, A_OF(RW), inherited);
+    if (new > cur + inherited) map_pages(cur + inherited, new - cur - inherited, A_OF(RW));
   } else if (new < cur)
     do_munmap(VA(new), (cur - new) * PS);
   brk_cur = want;
