@@ -103,7 +103,7 @@ static long emulate(long nr, long *a) {
   switch (nr) {
   case __NR_munmap: return do_munmap((uintptr_t)a[0], (uint64_t)a[1]);
   case __NR_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, 0);
-  case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, a[3]);
+  case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, (int)a[3]);
   case __NR_madvise: return do_madvise((uintptr_t)a[0], (uint64_t)a[1], (int)a[2]);
   case __NR_mremap: return do_mremap((uintptr_t)a[0], (uint64_t)a[1], (uint64_t)a[2], a[3], (uintptr_t)a[4]);
   case __NR_mincore: return do_mincore((uintptr_t)a[0], (uint64_t)a[1], (uint8_t *)a[2]);
@@ -148,6 +148,9 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   long *a = r->a, ret;
   uint64_t all = ~0ull, old;
   r->new_sp = 0;
+  /* For good; and the program may have forbidden itself what would be done here (seccomp). */
+  if (LOAD(mode) == NATIVE && nr != __NR_execve && nr != __NR_execveat && nr != __NR_clone && nr != __NR_fork && nr != __NR_brk && nr != __NR_exit)
+    return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
   switch (nr) { /* what is none of our business goes straight on */
   case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
   case __NR_exit: return exit_thread(a[0]);

@@ -402,13 +402,13 @@ static long do_munmap(uintptr_t addr, uint64_t size) {
   return 0;
 }
 
-static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, long pkey) {
+static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pkey) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
   if (!n) return 0;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
-  if (is_native(p) || nr == __NR_pkey_mprotect) {
-    if (!is_native(p) && pkey != -1) touch(p, n); /* a key is a property of the kernel's mapping: have one */
+  if (is_native(p) || (nr == __NR_pkey_mprotect && pkey != -1)) {
+    if (!is_native(p)) touch(p, n); /* a key is a property of the kernel's mapping: have one */
     long r = SYS(nr, addr, size, prot, pkey, 0);
     if (r == 0 && !is_native(p))
       for (uint64_t i = p; i < p + n; i++) attr[i] = (uint8_t)((attr[i] & ~(7 << 1)) | ((prot & 7) << 1));
