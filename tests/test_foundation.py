@@ -72,10 +72,12 @@ SHELL = 'while [ ! -e "$1" ]; do x=$(/bin/ls / | sort | wc -l); [ "$x" -gt 3 ] |
 
 
 def everything(e: Enclave, stop: Path) -> list[subprocess.Popen[str]]:
-    """One program of each kind."""
-    return [e.popen([sys.executable, "-c", code, stop]) for code in KINDS.values()] + [
-        e.popen(["bash", "-c", SHELL, "x", stop])
-    ]
+    """One program of each kind, begun: ``sylvie run`` has become it."""
+    programs = [e.popen([sys.executable, "-c", code, stop]) for code in KINDS.values()]
+    programs.append(e.popen(["bash", "-c", SHELL, "x", stop]))
+    for p in programs:
+        wait_for(lambda p=p: str(e.run_dir) not in " ".join(psutil.Process(p.pid).cmdline()), 30, "it does not start")
+    return programs
 
 
 def all_ok(programs: list[subprocess.Popen[str]], stop: Path) -> None:

@@ -222,9 +222,9 @@ static long exec_managed(long nr, struct regs *r) {
   if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
   while (env && env[n]) n++;
   if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
-  /* A small stack may be all there is (posix_spawn's child has 32 KiB): much goes elsewhere. (Below vfork that stays the parent's.) */
-  char *mark = mark_env, *few[n > 200 ? 1 : n + 3], **out = few, pre[sizeof preload_env + 1024];
-  uint64_t much = n > 200 ? UP((n + 3) * sizeof *out) : 0;
+  /* A small stack may be all there is (posix_spawn's child has 32 KiB): much goes elsewhere, and below vfork stays with the parent. */
+  char *mark = mark_env, *few[n > 2000 ? 1 : n + 3], **out = few, pre[sizeof preload_env + 1024];
+  uint64_t much = n > 2000 ? UP((n + 3) * sizeof *out) : 0;
   if (much) {
     long at = sys_mmap(0, much, RW, ANON, -1, 0);
     if (at < 0 && at > -4096) return at;

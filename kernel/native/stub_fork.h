@@ -173,7 +173,8 @@ __asm__(".text\n.hidden sy_on_stack\n.globl sy_on_stack\n.type sy_on_stack,@func
 static int gone(long pid) {
   struct { int si[32]; } info = {{0}};
   long r = SYS(__NR_waitid, 1 /* P_PID */, pid, &info, 0x41000005 /* __WALL | WNOWAIT | WEXITED | WNOHANG */, 0);
-  return r == -ECHILD || (r == 0 && info.si[0] == SIGCHLD); /* ECHILD: reaped, by SIG_IGN or another thread */
+  /* ECHILD: reaped, by SIG_IGN or another thread; or never ours to wait for (CLONE_PARENT) */
+  return (r == 0 && info.si[0] == SIGCHLD) || (r == -ECHILD && SYS(__NR_tgkill, pid, pid, 0, 0, 0) == -ESRCH);
 }
 
 static long fork_on_stack(struct fork_args *f) {

@@ -289,7 +289,7 @@ static uint64_t reuse(uint64_t n) {
     for (uint64_t end = p + n, q = next_used(p, end); q < end; q = next_used(q, end)) {
       uint64_t k = 0;
       for (int st; q + k < end; k++) {
-        st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK);
+        while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) yield(); /* a fault thread gives back its neighbours */
         if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
       }
       if (k) memset((void *)VA(q), 0, k * PS);
