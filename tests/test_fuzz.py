@@ -26,9 +26,9 @@ def test_everything_found_so_far_again() -> None:
     assert "Done" in said
 
 
-def test_half_a_minute_of_new_inputs() -> None:
+def test_some_seconds_of_new_inputs() -> None:
     said = fuzz("25", timeout=150)
-    assert int(re.findall(r"number_of_executed_units: (\d+)", said)[0]) > 5000
+    assert int(re.findall(r"number_of_executed_units: (\d+)", said)[0]) > 1000
 
 
 @pytest.mark.soak

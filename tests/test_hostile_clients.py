@@ -76,7 +76,7 @@ def besieged(root_dir: Path) -> Iterator[Enclave]:
 def e(besieged: Enclave) -> Iterator[Enclave]:
     """An enclave in which a real program works during the test; gateway and buddy must be the same afterwards, and everything sound."""
     pids = besieged.gateway_pid(), wait_for(lambda: besieged.component()["pid"], 10, "no buddy")
-    p = load(besieged, 2)
+    p = load(besieged, 1)
     wait_for(lambda: besieged.status()["address_spaces"], 10, "the program is not managed")
     yield besieged
     finished(p)

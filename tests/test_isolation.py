@@ -96,7 +96,7 @@ def test_no_byte_frame_or_message_crosses(two: tuple[Enclave, Enclave], root_dir
     ]
     time.sleep(1)  # until they are subscribed
     pids: list[set[int]] = [set(), set()]
-    for round_ in range(3):
+    for round_ in range(2):
         programs = []
         for i, e in enumerate(two):
             for k in range(3):
