@@ -484,7 +484,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   uint64_t fds = open_fds();
   in = data, left = size;
   chunks_set = 0, hook_in = 0, last_pfn = last_barrier = 0;
-  G->hint = 0; /* the same input, the same frames */
+  G->hint = 0, G->next_asid = honest->asid; /* the same input, the same frames and names */
+  memset(tail_asid, 0, sizeof tail_asid);
   for (int steps = 0; left && steps < 400; steps++) {
     step((int)take(1));
     if (!(steps & 7)) events_are_possible();
