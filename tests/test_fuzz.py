@@ -34,5 +34,5 @@ def test_some_seconds_of_new_inputs() -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_million_inputs() -> None:
-    said = fuzz("0", "-runs=1000000", timeout=3500)
+    said = fuzz("0", "-runs=1000000", "-max_len=128", timeout=3500)
     assert int(re.findall(r"number_of_executed_units: (\d+)", said)[0]) >= 1_000_000
