@@ -89,7 +89,6 @@ class Zap:
         self._name_of = {
             z85.decode(_read(run_dir, f"{name}.public")): name.encode() for name in (OPERATOR, *COMPONENT_IDS)
         }
-        self.refused = 0
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
@@ -104,7 +103,6 @@ class Zap:
             except zmq.Again:
                 return
             name = self._name_of.get(credentials[0]) if mechanism == b"CURVE" and credentials else None
-            self.refused += name is None
             status = (b"200", b"OK", name) if name else (b"400", b"this key is nobody's here", b"")
             self.socket.send_multipart([route, b"", version, request, *status, b""])
 

@@ -62,6 +62,14 @@ def drop_privileges(component: str) -> None:
         os.setresuid(uid, uid, uid)
 
 
+def wait_for_gateway(run_dir: str | Path) -> None:
+    """Returns when the gateway says that it is ready, or after ``JOIN_PATIENCE``: both are started at once, and who started
+    a component anew would look for its end only once a second."""
+    deadline = time.monotonic() + JOIN_PATIENCE
+    while not (Path(run_dir) / "gateway.ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def fetch_tables(run_dir: str | Path, component: int) -> Tables:
     """The tables, from the gateway's Unix socket. :raises BusError: refused; OSError: no gateway there."""
     path = Path(run_dir) / "gateway.sock"
@@ -255,6 +263,7 @@ def run(name: str, implementation: str, policy_class: type[BasePolicy], run_dir:
     runtime: Runtime | None = None
     try:
         drop_privileges(name)
+        wait_for_gateway(run_dir)
         runtime = Runtime(name, implementation, policy_class, run_dir)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: runtime.stop() if runtime else None)

@@ -46,7 +46,6 @@ RELAY = 256  # batches carried before requests have their turn; together what th
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
-MACHINE_KEEPS = 64 << 20  # bytes that stay available when memory turns native (gateway_server.h says the same)
 MAX_AS = 4096  # address spaces that one status lists
 MAX_FRAME = 64 << 20  # bytes
 OF_COMPONENTS = {"hello", "txn", "heartbeat", "goodbye"}  # requests that a component makes in its own name
@@ -138,11 +137,11 @@ class Gateway:
         # Who sends more is hung up on by ZeroMQ, before it has taken our memory; who sends less is told why it is too much.
         self.router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         self.zap = keys.Zap(run_dir)
-        self._refusals = []
+        self._handshakes = []
         # Anybody may connect; what counts is the key.
         for sock, name in ((self.pub, EVENTS), (self.router, REQUESTS)):
             keys.serve(sock, run_dir)
-            self._refusals.append(sock.get_monitor_socket(FAILED_HANDSHAKES))
+            self._handshakes.append(sock.get_monitor_socket(FAILED_HANDSHAKES))
             sock.bind(endpoint(run_dir, name))
             os.chmod(run_dir / name, 0o666)
 
@@ -160,7 +159,7 @@ class Gateway:
         before = signal.set_wakeup_fd(wake_out.fileno())
         event_fd = lib.sy_gw_event_fd(self.gw)
         poller = zmq.Poller()
-        for readable in (event_fd, wake_in.fileno(), self.router, self.zap.socket, *self._refusals):
+        for readable in (event_fd, wake_in.fileno(), self.router, self.zap.socket, *self._handshakes):
             poller.register(readable, zmq.POLLIN)
         look_at = 0.0
         try:
@@ -170,7 +169,7 @@ class Gateway:
                     self._relay()
                 if self.zap.socket in ready:
                     self.zap.answer()
-                for monitor in self._refusals:
+                for monitor in self._handshakes:
                     if monitor in ready:
                         monitor.recv_multipart()
                         self.counters["bad_keys"] += 1
@@ -271,10 +270,13 @@ class Gateway:
         name = codec.field(header, "name", str)
         component = self.components.get(name)
         if component is None:
-            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted")
+            raise BusError(
+                f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted"
+            )
         if component.route != route:
             raise BusError(
-                f"this process is not {name}: it has not said HELLO, or pid {component.pid} has taken over", "not_permitted"
+                f"this process is not {name}: it has not said HELLO, or pid {component.pid} has taken over",
+                "not_permitted",
             )
         return component
 
@@ -338,7 +340,9 @@ class Gateway:
         name = codec.field(header, "name", str)
         component = self.components.get(name)
         if component is None:
-            raise BusError(f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted")
+            raise BusError(
+                f"there is no component {name!r}: config.json has {sorted(self.components)}", "not_permitted"
+            )
         abi = codec.field(header, "abi", int)
         if abi != lib.SY_ABI_VERSION:
             raise BusError(f"ABI {abi} asked, gateway speaks {lib.SY_ABI_VERSION}: build both from one tree")
@@ -476,10 +480,10 @@ class Gateway:
         if space is None:
             raise BusError(f"process {pid} has no managed memory: `sylvie status` lists those that have")
         moves, room = space["mapped"] * lib.SY_PAGE_SIZE, psutil.virtual_memory().available
-        if moves + MACHINE_KEEPS > room:
+        if moves + lib.SY_MACHINE_KEEPS > room:
             raise BusError(
                 f"process {pid} has {moves >> 20} MiB in frames, and the machine has {room >> 20} MiB available "
-                f"beside the enclave's: free {(moves + MACHINE_KEEPS - room) >> 20} MiB first"
+                f"beside the enclave's: free {(moves + lib.SY_MACHINE_KEEPS - room) >> 20} MiB first"
             )
         lib.sy_gw_release(self.gw, space["asid"])
         return {"asid": space["asid"], "bytes": moves}
@@ -546,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernel.gateway")
     parser.add_argument("--run-dir", type=Path, default=os.environ.get("SYLVIE_RUN_DIR", "/run/sylvie"))
     run_dir: Path = parser.parse_args(argv).run_dir
-    # A program costs the C half five descriptors.
+    # A program costs the C half six descriptors.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -558,8 +562,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = json.loads((run_dir / "config.json").read_text())
             if not isinstance(config, dict):
                 raise BusError("config.json is not an object")
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a program takes six
             host.acquire(run_dir)
             undo.callback(host.release, run_dir)
             keys.make(run_dir)

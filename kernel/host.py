@@ -2,8 +2,9 @@
 
 ``acquire`` and ``release`` are called by each gateway; the first one changes what must change, the last one puts it back,
 unless a program still runs whose address space holds frame mappings: with ``vm.max_map_count`` lowered under it, it would
-get ENOMEM everywhere. Then the record stays, and the next ``release`` or ``restore_if_idle`` (``sylvie down``, ``sylvie
-doctor --fix``) finishes the job. A holder that died without releasing is recognised by pid and start time.
+get ENOMEM everywhere. Then the record stays, and a process of its own (``python -m kernel.host``) waits for the program's end
+and finishes the job; so does the next ``release`` or ``restore_if_idle`` (``sylvie down``, ``sylvie doctor --fix``). A holder
+that died without releasing is recognised by pid and start time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import fcntl
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 
 from kernel.abi import lib
 
-__all__ = ["Host", "Setting", "acquire", "release", "restore_if_idle"]
+__all__ = ["Host", "Setting", "acquire", "later", "release", "restore_if_idle"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,16 @@ class Host:
                 state = json.loads(self.record.read_text())
             state["holders"] = {k: h for k, h in state["holders"].items() if self._alive(h)}
             yield state
-            if state["original"] or state["holders"]:
-                fresh = self.record.with_suffix(".new")
-                fresh.write_text(json.dumps(state))
-                fresh.chmod(0o600)
-                fresh.rename(self.record)
-            else:
-                self.record.unlink(missing_ok=True)
+            self._save(state)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        if state["original"] or state["holders"]:
+            fresh = self.record.with_suffix(".new")
+            fresh.write_text(json.dumps(state))
+            fresh.chmod(0o600)
+            fresh.rename(self.record)
+        else:
+            self.record.unlink(missing_ok=True)
 
     def _started(self, pid: int) -> str | None:
         """Start time of a process in clock ticks since boot; tells a reused pid from the old one."""
@@ -99,17 +106,18 @@ class Host:
     def _alive(self, holder: dict[str, Any]) -> bool:
         return holder["started"] is not None and self._started(int(holder["pid"])) == holder["started"]
 
-    def _released_programs(self) -> bool:
-        """Does any process still have frames mapped?"""
+    def on_frames(self) -> list[int]:
+        """Processes that have frames mapped, whoever serves them."""
         low = f"{lib.SY_ARENA_START:x}"[:4]
+        found = []
         for maps in (self.root / "proc").glob("[0-9]*/maps"):
             with contextlib.suppress(OSError):
                 if any(line.startswith(low) and "sylvie-ram" in line for line in maps.read_text().splitlines()):
-                    return True
-        return False
+                    found.append(int(maps.parent.name))
+        return found
 
     def _restore(self, state: dict[str, Any]) -> bool:
-        if state["holders"] or (state["original"] and self._released_programs()):
+        if state["holders"] or (state["original"] and self.on_frames()):
             return False
         for path, original in state["original"].items():
             self._write(path, original)
@@ -120,14 +128,16 @@ class Host:
         """Counts ``name`` (a run directory) in, for as long as process ``pid`` lives, and makes the settings fit."""
         pid = os.getpid() if pid is None else pid
         with self._locked() as state, contextlib.ExitStack() as undo:
+            undo.callback(self._save, state | {"original": dict(state["original"])})
             for setting in self.settings:
                 now = self._read(setting.path)
                 if now is None:  # this kernel has no such knob; doctor tells
                     continue
                 if (wanted := setting.wanted(now)) != now:
                     undo.callback(self._write, setting.path, now)  # if a later one fails
-                    self._write(setting.path, wanted)
                     state["original"].setdefault(setting.path, now)
+                    self._save(state)  # before it is changed: we may be killed between the two
+                    self._write(setting.path, wanted)
             undo.pop_all()
             state["holders"][name] = {"pid": pid, "started": self._started(pid)}
 
@@ -144,6 +154,30 @@ class Host:
         with self._locked() as state:
             return self._restore(state)
 
+    def later(self) -> None:
+        """Has the rest put back after the end of the last program on frames, by a process that waits for it. While an
+        enclave is up there is nothing to wait for: it will be told to release."""
+        with self._locked() as state:
+            if state["holders"] or not state["original"] or self._alive(state.get("waiter", {"started": None})):
+                return
+            waiter = subprocess.Popen(
+                [sys.executable, "-m", "kernel.host", str(self.root), str(self.record)],
+                cwd=Path(__file__).resolve().parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            state["waiter"] = {"pid": waiter.pid, "started": self._started(waiter.pid)}
+
+    def restore_when_idle(self) -> None:
+        """What the waiting process does; it ends, too, when there is a holder again."""
+        while not self.restore_if_idle():
+            with self._locked() as state:
+                if state["holders"]:
+                    return
+            time.sleep(0.5)
+
     def pending(self) -> dict[str, str]:
         """Settings that are changed now: path -> original value."""
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -157,10 +191,20 @@ def acquire(run_dir: str | Path) -> None:
 
 
 def release(run_dir: str | Path) -> None:
-    """For a gateway: counts it out. See ``Host.release``."""
-    Host().release(str(run_dir))
+    """For a gateway: counts it out; what programs that still run need is put back after their end. See ``Host.release``."""
+    if not Host().release(str(run_dir)):
+        later()
 
 
 def restore_if_idle() -> bool:
     """See ``Host.restore_if_idle``."""
     return Host().restore_if_idle()
+
+
+def later() -> None:
+    """See ``Host.later``."""
+    Host().later()
+
+
+if __name__ == "__main__":
+    Host(Path(sys.argv[1]), Path(sys.argv[2])).restore_when_idle()

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from sylvie.cli import DEFAULT_RUN_DIR, Problem
-from sylvie.supervisor import rpc
+from sylvie.supervisor import nudge, rpc
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ROOT / "components"
@@ -170,6 +170,7 @@ def wait_ready(run_dir: Path, wanted: dict[str, str]) -> None:
                 return
         elif (run_dir / "gateway.log").exists() and "cannot start" in (run_dir / "gateway.log").read_text():
             raise Problem("the gateway cannot start")
+        nudge(run_dir)
         time.sleep(0.02)
     raise Problem(f"not ready after {PATIENCE:.0f} s: {waiting}")
 
@@ -202,15 +203,42 @@ def stop(run_dir: Path) -> None:
     family = processes(run_dir)
     with contextlib.suppress(OSError, xmlrpc.client.Error):
         rpc(run_dir).shutdown()  # from now on it starts nothing again
-    # It would end one after the other, a second each. And it may not be there, or not listen.
-    for p in reversed(family):  # supervisord first
-        with contextlib.suppress(psutil.Error):
-            p.terminate()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    # It ends one after the other, a second each unless nudged; and it may not be there, or not listen. The gateway stays until
+    # the components have said goodbye to it.
+    last = [p for p in family if "kernel.gateway" in command_line(p)]
+    first = [p for p in family if p not in last]
+    terminate(first)
+    supervisor = supervisor_pid(run_dir)
+    ended(run_dir, [p for p in first if p.pid != supervisor], 1.0)
+    terminate(last)
+    alive = ended(run_dir, family, 20.0)
     for p in alive:
         with contextlib.suppress(psutil.Error):
             p.kill()
-    psutil.wait_procs(alive, timeout=5)
+    ended(run_dir, alive, 5.0)
+
+
+def terminate(some: list[psutil.Process]) -> None:
+    for p in some:
+        with contextlib.suppress(psutil.Error):
+            p.terminate()
+
+
+def command_line(p: psutil.Process) -> list[str]:
+    """[] for a process that has ended."""
+    try:
+        return [] if p.status() == psutil.STATUS_ZOMBIE else list(p.cmdline())
+    except psutil.Error:
+        return []
+
+
+def ended(run_dir: Path, some: list[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Waits for their end; those that still live after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while (alive := [p for p in some if p.is_running() and command_line(p)]) and time.monotonic() < deadline:
+        nudge(run_dir)
+        time.sleep(0.02)
+    return alive
 
 
 def clean(run_dir: Path, existed: bool) -> None:
@@ -244,9 +272,8 @@ def down(run_dir: Path) -> None:
     from kernel import host
 
     if not host.restore_if_idle():
-        print(
-            "settings of the host stay: another enclave is up, or a program still runs on frames (later: sylvie doctor --fix)"
-        )
+        print("settings of the host stay until the last enclave is down and the last program on frames has ended")
+        host.later()
     if still:
         print(f"still running, natively from now on: {', '.join(still[:10])}")
     print(f"down: {run_dir}")

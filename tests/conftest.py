@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,8 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
+from kernel.host import Host
+
 ROOT = Path(__file__).resolve().parent.parent
 SYLVIE = Path(sys.executable).with_name("sylvie")
+# What has been ignored stays so in every program that is started: without a terminal (nohup) tests of that signal would mislead.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 PROGRAMS = Path(__file__).resolve().parent / "programs"
 
 
@@ -156,5 +162,23 @@ def nothing_left_behind(root_dir: Path) -> Iterator[None]:
 
     wait_for(lambda: not left(), 20, f"processes are left: {left()}")
     wait_for(
-        lambda: [s.read_text() for s in settings if s.exists()] == before, 5, "settings of the machine are not restored"
+        lambda: [s.read_text() for s in settings if s.exists()] == before,
+        20,
+        f"settings of the machine are not restored: {Host().pending()}, on frames are {Host().on_frames()}",
     )
+
+
+@pytest.fixture(autouse=True)
+def no_program_left_behind() -> Iterator[None]:
+    """No program of a test outlives it: named at that test, and ended by its pid so that the next ones stand for themselves."""
+    yield
+    try:
+        wait_for(lambda: not Host().on_frames(), 10, "programs on frames are left")
+    except AssertionError:
+        left = []
+        for pid in Host().on_frames():
+            with contextlib.suppress(psutil.Error):
+                p = psutil.Process(pid)
+                left.append((pid, p.ppid(), p.status(), p.cmdline()))
+                p.kill()
+        assert not left, f"programs on frames are left: {left}"

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -249,3 +250,38 @@ def test_holder_that_is_dead_already(host: Host, holder: Callable[[], subprocess
     host.acquire("/run/dead", dead.pid)
     assert host.restore_if_idle()
     assert now(host) == RESTORED
+
+
+def test_the_last_program_on_frames_ends_after_the_enclave(
+    host: Host, holder: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    """A process of its own waits for it, once however often it is asked for, and not while an enclave is up."""
+    maps = file(host, "/proc/123/maps")
+    maps.parent.mkdir(parents=True)
+    maps.write_text("500000400000-500000401000 rw-s 00000000 00:01 77 /memfd:sylvie-ram (deleted)\n")
+    host.acquire("/run/a")
+    host.later()
+    assert "waiter" not in json.loads(host.record.read_text())
+    assert not host.release("/run/a")
+    pid = 0
+    for _ in range(3):
+        host.later()
+        waiter = json.loads(host.record.read_text())["waiter"]
+        pid = pid or waiter["pid"]
+        assert waiter["pid"] == pid
+    assert now(host) == CHANGED
+    maps.unlink()
+    deadline = time.monotonic() + 20
+    while host.record.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert now(host) == RESTORED
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_killed_between_the_record_and_the_change(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever has been changed is in the record already."""
+    seen = []
+    monkeypatch.setattr(Host, "_write", lambda self, path, value: seen.append((path, self.pending().get(path))))
+    host.acquire("/run/a")
+    assert seen == [(MAPS, "65530"), (SHMEM, "never")]

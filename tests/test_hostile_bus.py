@@ -210,12 +210,36 @@ def test_death_in_the_middle_of_a_message(besieged: Enclave) -> None:
 
 
 # ---- many generated requests, straight into the function that answers them
-KINDS = ["hello", "sync", "txn", "heartbeat", "goodbye", "status", "buddyinfo", "fault-order", "low", "post-test", "__init__", ""]
+KINDS = [
+    "hello",
+    "sync",
+    "txn",
+    "heartbeat",
+    "goodbye",
+    "status",
+    "buddyinfo",
+    "fault-order",
+    "low",
+    "post-test",
+    "__init__",
+    "",
+]
 FIELDS = ["name", "abi", "pid", "implementation", "words", "dump", "asid", "order", "low", "max_order", "n", "rid"]
-scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20) | st.binary(max_size=20)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=20)
+)
 small = st.sampled_from([0, 1, 2, 9, 10, 11, 511, 512, 2**16, 2**32 - 1, 2**32])
 names = st.sampled_from(["buddy", "kswapd", "thp", "", "bud\0dy"])
-values = small | names | st.recursive(scalars, lambda x: st.lists(x, max_size=12) | st.dictionaries(scalars, x, max_size=3), max_leaves=12)
+values = (
+    small
+    | names
+    | st.recursive(scalars, lambda x: st.lists(x, max_size=12) | st.dictionaries(scalars, x, max_size=3), max_leaves=12)
+)
 headers = st.fixed_dictionaries(
     {"t": st.sampled_from(KINDS) | values}, optional=dict.fromkeys(FIELDS, values) | {"words": st.fixed_dictionaries(
         {}, optional={"reserve": st.lists(values, min_size=11, max_size=11), "low": st.lists(values, min_size=10, max_size=10)})},
@@ -285,7 +309,10 @@ def mutants(rng: random.Random) -> Iterator[list[bytes]]:
             frame[at : at + rng.choice([0, 1, 1, 1, 3])] = rng.randbytes(rng.choice([0, 1, 1, 1, 2]))
             if not frame:
                 break
-        yield [bytes(frame), *(rng.randbytes(rng.choice([0, 31, 32, 64, 320])) for _ in range(rng.choice([0, 0, 1, 1, 2])))]
+        yield [
+            bytes(frame),
+            *(rng.randbytes(rng.choice([0, 31, 32, 64, 320])) for _ in range(rng.choice([0, 0, 1, 1, 2]))),
+        ]
 
 
 def bulk(gateway: Gateway, n: int) -> None:

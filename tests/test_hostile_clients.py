@@ -158,14 +158,18 @@ def bad_keeper(e: Enclave, code: str) -> str:
 def test_keeper_whose_page_shrinks_is_refused(e: Enclave) -> None:
     """The gateway writes to that page: it would get SIGBUS."""
     before = refused(e)
-    said = bad_keeper(e, "offer(); time.sleep(0.5); os.truncate(page, 0); t = call(); t.start(); t.join(1); print(gateway.recv(9))")
+    said = bad_keeper(
+        e, "offer(); time.sleep(0.5); os.truncate(page, 0); t = call(); t.start(); t.join(1); print(gateway.recv(9))"
+    )
     assert said == "b''\n"
     assert refused(e) == before + 1
 
 
 def test_notifications_that_somebody_else_takes(e: Enclave) -> None:
     """Between the gateway's being told of a notification and its taking it, the client's own thread takes it: the gateway's would wait."""
-    code = SEAL + """
+    code = (
+        SEAL
+        + """
 def steal():
     n = ctypes.create_string_buffer(80)
     while True:
@@ -189,19 +193,31 @@ for _ in range(300):
         assert s.recv(9) == b""
 print("done")
 """
+    )
     assert bad_keeper(e, code) == "done\n"
 
 
 def test_keeper_that_says_something_is_dropped(e: Enclave) -> None:
     """… while it holds the listener still, and notifications come."""
-    code = SEAL + "offer(); gateway.send(b'x'); time.sleep(0.3)\nfor _ in range(50): call().start()\ntime.sleep(0.5)\nprint(gateway.recv(9))"
+    code = (
+        SEAL
+        + "offer(); gateway.send(b'x'); time.sleep(0.3)\nfor _ in range(50): call().start()\ntime.sleep(0.5)\nprint(gateway.recv(9))"
+    )
     assert bad_keeper(e, code) == "b''\n"
     assert idle_cpu(e) < 0.8
 
 
 def test_garbage_instead_of_a_hello(e: Enclave) -> None:
     good = hello(lib.SY_HELLO_COMPONENT, 1)
-    for data in [b"x", b"x" * 15, b"x" * 16, b"x" * 60000, good[:15], good + b"x", hello(lib.SY_HELLO_COMPONENT, magic=1)]:
+    for data in [
+        b"x",
+        b"x" * 15,
+        b"x" * 16,
+        b"x" * 60000,
+        good[:15],
+        good + b"x",
+        hello(lib.SY_HELLO_COMPONENT, magic=1),
+    ]:
         before = refused(e)
         with Raw(e) as raw:
             raw.say(data)
@@ -220,7 +236,15 @@ def test_another_abi_is_told_so(e: Enclave) -> None:
 def test_wrong_descriptors(e: Enclave) -> None:
     """None of them a userfaultfd or a listener; too few, too many."""
     before, said = refused(e), 0
-    fds = [os.open("/dev/null", os.O_RDWR), memfd(0), memfd(1 << 20), os.pidfd_open(os.getpid()), os.eventfd(1), *os.pipe(), os.open("/", 0)]
+    fds = [
+        os.open("/dev/null", os.O_RDWR),
+        memfd(0),
+        memfd(1 << 20),
+        os.pidfd_open(os.getpid()),
+        os.eventfd(1),
+        *os.pipe(),
+        os.open("/", 0),
+    ]
     gateway = psutil.Process(e.gateway_pid())
     try:
         open_before = gateway.num_fds()
@@ -398,7 +422,12 @@ def test_random_conversations(e: Enclave) -> None:
         for _ in range(3000):
             with Raw(e) as raw:
                 for _ in range(rng.randrange(4)):
-                    data = rng.choice([hello(rng.randrange(6), rng.randrange(9)), rng.randbytes(rng.choice([0, 1, 15, 16, 17, 40, 5000]))])
+                    data = rng.choice(
+                        [
+                            hello(rng.randrange(6), rng.randrange(9)),
+                            rng.randbytes(rng.choice([0, 1, 15, 16, 17, 40, 5000])),
+                        ]
+                    )
                     raw.say(data, tuple(rng.choices(fds, k=rng.randrange(6))))
                     if rng.random() < 0.2:
                         with contextlib.suppress(OSError):

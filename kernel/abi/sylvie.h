@@ -220,6 +220,8 @@ enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
  * FUTEX_WAKE (shared): no descriptor is needed. Garbage in it costs the gateway a wake-up at most: it looks every 50 ms anyway. */
 struct sy_bell { uint32_t rung; };
 #define SY_BELL_BYTES 4096
+/* Bytes that must stay available to the machine when memory turns native. */
+#define SY_MACHINE_KEEPS 67108864
 enum sy_counter {
   SY_CNT_REGISTERED = 0, SY_CNT_EXITED = 1, SY_CNT_URGENT = 2, SY_CNT_FIRST_FIT = 3, SY_CNT_GRANTS = 4,
   SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,

@@ -32,7 +32,7 @@
 #define ARENA_HI_END ((uint32_t)((SY_ARENA_START + SY_ARENA_SIZE) >> 32))
 
 /* A jump names labels; sy_filter_link counts the distances. NEXT: the following instruction. */
-enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, MMAP, MMAP_HINT, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, LABELS };
+enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, SHARED_VM, MMAP, MMAP_HINT, PMADVISE, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, LABELS };
 struct sy_insn { uint16_t code; uint32_t k; uint8_t jt, jf, label; };
 #define ARG_LO(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i), 0, 0, 0}
 #define ARG_HI(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i) + 4, 0, 0, 0}
@@ -52,11 +52,14 @@ static const struct sy_insn sy_rules[] = {
     EQ(__NR_openat, OPENAT, NEXT), EQ(__NR_open, OPEN, NEXT), EQ(__NR_fcntl, FCNTL, NEXT), EQ(__NR_setsockopt, SOCKOPT, NEXT),
     EQ(__NR_prlimit64, PRLIMIT, NEXT), EQ(__NR_setrlimit, SETRLIMIT, NEXT), EQ(__NR_unshare, UNSHARE, NEXT), EQ(__NR_userfaultfd, UFFD, NEXT),
     EQ(__NR_mlockall, NOTIFY, NEXT), EQ(__NR_seccomp, SECCOMP, NEXT), EQ(__NR_prctl, PRCTL, NEXT), EQ(__NR_setns, NOTIFY, NEXT), EQ(__NR_openat2, NOTIFY, NEXT), EQ(__NR_vmsplice, NOTIFY, NEXT), EQ(__NR_io_setup, NOTIFY, NEXT), EQ(__NR_io_uring_setup, NOTIFY, NEXT),
-    EQ(__NR_clone, CLONE, NEXT), EQ(__NR_fork, NOTIFY, NEXT), EQ(__NR_clone3, NOSYS, ALLOW),
+    EQ(__NR_clone, CLONE, NEXT), EQ(__NR_fork, NOTIFY, NEXT), EQ(__NR_process_madvise, PMADVISE, NEXT), EQ(__NR_clone3, NOSYS, ALLOW),
     /* arena addresses, not from the stub */
     AT(ADDR), ARG_LO(5), EQ(SY_MARK, ALLOW, NEXT), ARG_HI(0), GE(ARENA_HI_LO, NEXT, ALLOW), GE(ARENA_HI_END, ALLOW, NOTIFY),
-    /* with CLONE_VM it is a thread or vfork */
-    AT(CLONE), ARG_LO(0), ANY(CLONE_VM, ALLOW, NEXT), ARG_LO(5), EQ(SY_MARK, ALLOW, NOTIFY),
+    AT(CLONE), ARG_LO(0), ANY(CLONE_VM, SHARED_VM, NEXT), ARG_LO(5), EQ(SY_MARK, ALLOW, NOTIFY),
+    /* a thread, or vfork; another process in the same memory may outlive the one whose threads serve it */
+    AT(SHARED_VM), ANY(CLONE_THREAD | CLONE_VFORK, ALLOW, NOTIFY),
+    /* of advice for other processes' memory, what would also take one's own away */
+    AT(PMADVISE), ARG_LO(3), EQ(MADV_WILLNEED, ALLOW, NEXT), EQ(20 /* MADV_COLD */, ALLOW, NEXT), EQ(21 /* MADV_PAGEOUT */, ALLOW, NEXT), EQ(25 /* MADV_COLLAPSE */, ALLOW, NOTIFY),
     AT(MMAP), ARG_HI(3), EQ(SY_MARK, ALLOW, NEXT), ARG_HI(0), GE(ARENA_HI_LO, NEXT, MMAP_HINT), GE(ARENA_HI_END, MMAP_HINT, NOTIFY),
     AT(MMAP_HINT), ARG_HI(0), EQ(0, NEXT, ALLOW), ARG_LO(0), EQ(0, NEXT, ALLOW), ARG_LO(3),
     {BPF_ALU | BPF_AND | BPF_K, MAP_SHARED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB | MAP_32BIT, 0, 0, 0},

@@ -120,6 +120,9 @@ struct pending {
 /* A process that let the kernel hold its memory before it joined: it must not join. */
 struct marked { pid_t pid; uint64_t born; };
 
+/* The shared memory of one address space. */
+struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
+
 struct sy_gateway {
   char run_dir[92], sock_path[108];
   uint32_t nodes, nframes;
@@ -148,8 +151,9 @@ struct sy_gateway {
   uint32_t ev_seq;
   int ev_fd;
 
-  struct { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; } pool[POOL];
+  struct pair pool[POOL];
   int npool;
+  uint64_t short_ns;      /* when descriptors last ran out; 0 = never. Under lock */
 
   pthread_t server, drain, populate;
   int have_server, have_drain, have_populate, have_watch;
@@ -161,8 +165,6 @@ struct sy_gateway {
   int npend, pend_cap;
   struct marked marked[64];
   unsigned nmarked;
-  uint64_t cmd_id;
-  struct seccomp_notif_sizes sizes;
 };
 
 static uint64_t now_ns(void) {
@@ -423,47 +425,48 @@ static int make_memfd(const char *name, uint64_t size) {
   fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL); /* SEAL: or a client could seal the RAM of all against writing */
   return fd;
 }
-static int make_pair(int *as_fd, int *mag_fd, int *mag_ro, uint8_t **mem, struct sy_mag **mag) {
-  *as_fd = make_memfd("sylvie-as", SY_AS_BYTES), *mag_fd = make_memfd("sylvie-mag", SY_MAG_BYTES);
-  *mag_ro = *mag_fd >= 0 ? reopen_ro(*mag_fd) : -1;
-  *mem = MAP_FAILED, *mag = MAP_FAILED;
-  if (*as_fd >= 0) *mem = mmap(NULL, SY_AS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, *as_fd, 0);
-  if (*mag_fd >= 0) *mag = mmap(NULL, SY_MAG_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, *mag_fd, 0);
-  if (*mag_ro < 0 || *mem == MAP_FAILED || *mag == MAP_FAILED) {
-    if (*mem != MAP_FAILED) munmap(*mem, SY_AS_BYTES);
-    if (*mag != MAP_FAILED) munmap(*mag, SY_MAG_BYTES);
-    if (*as_fd >= 0) close(*as_fd);
-    if (*mag_fd >= 0) close(*mag_fd);
-    if (*mag_ro >= 0) close(*mag_ro);
-    return -1;
-  }
-  struct sy_as_ctl *ctl = (void *)(*mem + SY_AS_CTL_OFF);
-  struct sy_channel *ch = (void *)(*mem + SY_AS_CHANNEL_OFF);
+static void free_pair(const struct pair *p) {
+  if (p->mem != MAP_FAILED) munmap(p->mem, SY_AS_BYTES);
+  if (p->mag != MAP_FAILED) munmap(p->mag, SY_MAG_BYTES);
+  if (p->as_fd >= 0) close(p->as_fd);
+  if (p->mag_fd >= 0) close(p->mag_fd);
+  if (p->mag_ro >= 0) close(p->mag_ro);
+}
+static int make_pair(struct pair *p) {
+  *p = (struct pair){make_memfd("sylvie-as", SY_AS_BYTES), make_memfd("sylvie-mag", SY_MAG_BYTES), -1, MAP_FAILED, MAP_FAILED};
+  if (p->mag_fd >= 0) p->mag_ro = reopen_ro(p->mag_fd);
+  if (p->as_fd >= 0) p->mem = mmap(NULL, SY_AS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, p->as_fd, 0);
+  if (p->mag_fd >= 0) p->mag = mmap(NULL, SY_MAG_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, p->mag_fd, 0);
+  if (p->mag_ro < 0 || p->mem == MAP_FAILED || p->mag == MAP_FAILED) return free_pair(p), -1;
+  struct sy_as_ctl *ctl = (void *)(p->mem + SY_AS_CTL_OFF);
+  struct sy_channel *ch = (void *)(p->mem + SY_AS_CHANNEL_OFF);
   ctl->magic = SY_MAGIC, ctl->abi = SY_ABI_VERSION;
   for (int i = 0; i < SY_SERVICE_THREADS; i++) ctl->in_hand[i] = SY_NO_FRAME;
   for (uint64_t i = 0; i < SY_CHANNEL_SLOTS; i++) ch->slots[i].turn = i;
-  (*mag)->magic = SY_MAGIC, (*mag)->abi = SY_ABI_VERSION;
+  p->mag->magic = SY_MAGIC, p->mag->abi = SY_ABI_VERSION;
   return 0;
 }
+#define SHORT_NS 1000000000ull /* after descriptors have run out, none is taken ahead of need for so long */
 static void fill_pool(struct sy_gateway *g) { /* drain thread, when idle */
-  for (;;) {
-    int as_fd, mag_fd, mag_ro;
-    uint8_t *mem;
-    struct sy_mag *mag;
+  for (struct pair p;;) {
     pthread_mutex_lock(&g->lock);
-    int full = g->npool == POOL;
+    int enough = g->npool == POOL || (g->short_ns && now_ns() < g->short_ns + SHORT_NS);
     pthread_mutex_unlock(&g->lock);
-    if (full || make_pair(&as_fd, &mag_fd, &mag_ro, &mem, &mag)) return;
+    if (enough || make_pair(&p)) return;
     pthread_mutex_lock(&g->lock);
-    g->pool[g->npool].as_fd = as_fd, g->pool[g->npool].mag_fd = mag_fd, g->pool[g->npool].mag_ro = mag_ro;
-    g->pool[g->npool].mem = mem, g->pool[g->npool++].mag = mag;
+    g->pool[g->npool++] = p;
     pthread_mutex_unlock(&g->lock);
   }
 }
+/* Descriptors have run out: gives up what lies ready for newcomers. */
+static void shrink_pool(struct sy_gateway *g) {
+  pthread_mutex_lock(&g->lock);
+  g->short_ns = now_ns();
+  if (g->npool) free_pair(&g->pool[--g->npool]);
+  pthread_mutex_unlock(&g->lock);
+}
 static void free_as_memory(struct as *a) {
-  if (a->mem) munmap(a->mem, SY_AS_BYTES);
-  if (a->mag) munmap(a->mag, SY_MAG_BYTES);
-  close(a->as_fd), close(a->mag_fd), close(a->mag_ro);
+  free_pair(&(struct pair){a->as_fd, a->mag_fd, a->mag_ro, a->mem, a->mag});
   if (a->uffd >= 0) close(a->uffd);
   if (a->pidfd >= 0) close(a->pidfd);
   free(a->suspect);
@@ -479,15 +482,15 @@ static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd) {
     free(a);
     return NULL;
   }
-  if (g->npool) {
-    g->npool--;
-    a->as_fd = g->pool[g->npool].as_fd, a->mag_fd = g->pool[g->npool].mag_fd, a->mag_ro = g->pool[g->npool].mag_ro;
-    a->mem = g->pool[g->npool].mem, a->mag = g->pool[g->npool].mag;
-  } else if (make_pair(&a->as_fd, &a->mag_fd, &a->mag_ro, &a->mem, &a->mag)) {
+  struct pair p;
+  if (g->npool)
+    p = g->pool[--g->npool];
+  else if (make_pair(&p)) {
     pthread_mutex_unlock(&g->lock);
     free(a);
     return NULL;
   }
+  a->as_fd = p.as_fd, a->mag_fd = p.mag_fd, a->mag_ro = p.mag_ro, a->mem = p.mem, a->mag = p.mag;
   a->asid = ++g->next_asid, a->pid = pid, a->uffd = uffd, a->list = NONE;
   a->pidfd = (int)syscall(SYS_pidfd_open, pid, 0); /* (it waits for our answer, so it is that one) */
   a->ctl = (void *)(a->mem + SY_AS_CTL_OFF), a->chunks = a->mem + SY_AS_CHUNKS_OFF;

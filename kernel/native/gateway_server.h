@@ -87,44 +87,55 @@ static void welcome(struct sy_gateway *g, int sock, uint32_t status, uint32_t as
   send_fds(sock, &w, sizeof w, fd, n);
 }
 
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
 /* ---------------------------------------------------------------- what /proc says of a process */
+/* One descriptor is kept for when there is no other left: it is closed for a moment, and taken again. 0: it is gone, and nothing could be
+ * given up for it. */
+static void take_spare(struct sy_gateway *g) { g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC); }
+static int lend_spare(struct sy_gateway *g) {
+  shrink_pool(g);
+  if (g->spare_fd < 0) take_spare(g); /* another thread had been quicker than we were in taking it again */
+  if (g->spare_fd < 0) return 0;
+  close(g->spare_fd), g->spare_fd = -1;
+  return 1;
+}
+/* The beginning of a file of /proc, as text; "" if it is not there. */
+static char *read_proc(struct sy_gateway *g, const char *path, char *b, size_t n) {
+  int fd = open(path, O_RDONLY | O_CLOEXEC), lent = fd < 0 && (errno == EMFILE || errno == ENFILE) && lend_spare(g);
+  if (lent) fd = open(path, O_RDONLY | O_CLOEXEC);
+  ssize_t r = fd < 0 ? -1 : read(fd, b, n - 1);
+  if (fd >= 0) close(fd);
+  if (lent) take_spare(g);
+  b[r > 0 ? r : 0] = 0;
+  return b;
+}
 /* One field of /proc/PID/status, or -1. */
-static long status_field(pid_t pid, const char *name) {
+static long status_field(struct sy_gateway *g, pid_t pid, const char *name) {
   char p[64], b[1024];
   snprintf(p, sizeof p, "/proc/%d/status", pid);
-  int fd = open(p, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return -1;
-  ssize_t r = read(fd, b, sizeof b - 1);
-  close(fd);
-  if (r <= 0) return -1;
-  b[r] = 0;
-  char *q = strstr(b, name);
+  char *q = strstr(read_proc(g, p, b, sizeof b), name);
   return q ? atol(q + strlen(name)) : -1;
 }
-static uint64_t born(pid_t pid) { /* start time: tells a process from an earlier one of that number */
+static uint64_t born(struct sy_gateway *g, pid_t pid) { /* start time: tells a process from an earlier one of that number */
   char p[64], b[1024];
   snprintf(p, sizeof p, "/proc/%d/stat", pid);
-  int fd = open(p, O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return 0;
-  ssize_t r = read(fd, b, sizeof b - 1);
-  close(fd);
-  if (r <= 0) return 0;
-  b[r] = 0;
-  char *q = strrchr(b, ')');
+  char *q = strrchr(read_proc(g, p, b, sizeof b), ')');
   for (int field = 2; q && field < 22; field++) q = strchr(q + 1, ' ');
   return q ? strtoull(q, NULL, 10) : 0;
 }
-static void mark(struct sy_gateway *g, pid_t pid) { g->marked[g->nmarked++ % 64] = (struct marked){pid, born(pid)}; }
+static void mark(struct sy_gateway *g, pid_t pid) { g->marked[g->nmarked++ % 64] = (struct marked){pid, born(g, pid)}; }
 /* May the kernel hold memory of this process by reference? Its descriptors tell, also those that it inherited. */
 #define MANY_DESCRIPTORS 1024 /* more are not looked through: this thread serves faults */
 static int holds_references(struct sy_gateway *g, pid_t pid) {
   char p[320], b[256];
   for (unsigned i = 0; i < 64 && i < g->nmarked; i++)
-    if (g->marked[i].pid == pid && g->marked[i].born == born(pid)) return 1;
+    if (g->marked[i].pid == pid && g->marked[i].born == born(g, pid)) return 1;
   snprintf(p, sizeof p, "/proc/%d/fdinfo", pid);
   DIR *d = opendir(p);
   int found = 0, n = 0;
-  if (!d) return 0;
+  if (!d) return 1; /* in doubt, natively */
   for (struct dirent *e; !found && (e = readdir(d));) {
     if (e->d_name[0] == '.') continue;
     snprintf(p, sizeof p, "/proc/%d/fd/%s", pid, e->d_name);
@@ -134,11 +145,7 @@ static int holds_references(struct sy_gateway *g, pid_t pid) {
     /* Of files and pipes only: of an epoll it takes a lock under which the kernel may be waiting for a page of that very program. */
     if (found || (b[0] != '/' && strncmp(b, "pipe:", 5))) continue;
     snprintf(p, sizeof p, "/proc/%d/fdinfo/%s", pid, e->d_name);
-    int fd = open(p, O_RDONLY | O_CLOEXEC);
-    r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
-    if (fd >= 0) close(fd);
-    b[r > 0 ? r : 0] = 0;
-    char *f = strstr(b, "flags:");
+    char *f = strstr(read_proc(g, p, b, sizeof b), "flags:");
     found = f && strtoul(f + 6, NULL, 8) & SY_O_DIRECT;
   }
   closedir(d);
@@ -223,6 +230,10 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     }
     int out[4 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd};
     for (uint32_t i = 0; i < g->nodes; i++) out[4 + i] = g->ram_fd[i];
+    /* The number may be another process's since it connected: what we signal, and trust, must be the one at the other end. */
+    int peer = -1;
+    socklen_t pl = sizeof peer;
+    if (getsockopt(c->fd, SOL_SOCKET, SO_PEERPIDFD, &peer, &pl) == 0) close(a->pidfd), a->pidfd = peer; /* Linux 6.5 */
     leave_lobby(g, c);
     c->kind = CONN_STUB, c->as = a, c->pid = cred.pid;
     welcome(g, c->fd, SY_W_OK, a->asid, out, 4 + (int)g->nodes);
@@ -248,10 +259,12 @@ static void accept_all(struct sy_gateway *g) {
     if (fd < 0) {
       if (errno != EMFILE && errno != ENFILE) return;
       /* No descriptor left. Who waits must not wait for ever, nor keep us awake: it hears that we hang up, and runs natively. */
-      close(g->spare_fd);
-      if ((fd = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) close(fd);
-      g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-      count(g, SY_CNT_BAD_HELLOS, 1);
+      if (!lend_spare(g)) {
+        usleep(10000); /* other threads took what we gave up: once more, but not in a circle at this priority */
+        return;
+      }
+      if ((fd = accept4(g->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) close(fd), count(g, SY_CNT_BAD_HELLOS, 1);
+      take_spare(g);
       continue;
     }
     while (g->nlobby >= MAX_LOBBY) make_room(g);
@@ -325,15 +338,9 @@ static struct as *as_of_process(struct sy_gateway *g, pid_t pid) {
   return NULL;
 }
 /* What becomes native must fit into the machine beside the enclave's RAM, which stays as large as it is. */
-#define MACHINE_KEEPS (64ull << 20)
-static int fits_machine(uint64_t bytes) {
-  char b[512];
-  int fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
-  ssize_t r = fd < 0 ? -1 : read(fd, b, sizeof b - 1);
-  if (fd >= 0) close(fd);
-  b[r > 0 ? r : 0] = 0;
-  char *q = strstr(b, "MemAvailable:");
-  return !q || strtoull(q + 13, NULL, 10) * 1024 > bytes + MACHINE_KEEPS;
+static int fits_machine(struct sy_gateway *g, uint64_t bytes) {
+  char b[512], *q = strstr(read_proc(g, "/proc/meminfo", b, sizeof b), "MemAvailable:");
+  return !q || strtoull(q + 13, NULL, 10) * 1024 > bytes + SY_MACHINE_KEEPS;
 }
 /* Queues a command. listener NULL: nobody waits for it. -1: no memory. */
 static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, const uint64_t *args, struct conn *listener, uint64_t notif_id) {
@@ -392,24 +399,29 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
     }
   count(g, SY_CNT_NOTIFICATIONS, 1);
   int nr = u.n.data.nr;
-  pid_t pid = (pid_t)status_field((pid_t)u.n.pid, "\nTgid:");
+  pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
   int release = 1; /* what could not be done on memory that is not the kernel's own */
   switch (nr) {
-  case SYS_mmap: case SYS_munmap: case SYS_mremap: case SYS_madvise: case SYS_mprotect: case SYS_pkey_mprotect: case SYS_mlock: case SYS_mlock2: case SYS_munlock:
+  case SYS_mmap: /* of a file: its descriptor is the program's, not the stub's */
+    release = !(u.n.data.args[3] & MAP_ANONYMOUS) && u.n.data.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE);
+    if (!release && !(u.n.data.args[3] & MAP_ANONYMOUS)) pid = -1; /* a wish only: the kernel's to fulfil, elsewhere */
+    break;
+  case SYS_pkey_mprotect: release = (int)u.n.data.args[3] != -1; break;
+  case SYS_munmap: case SYS_mremap: case SYS_madvise: case SYS_mprotect: case SYS_mlock: case SYS_mlock2: case SYS_munlock:
   case SYS_mincore: case __NR_mseal: release = 0; break;
   case SYS_io_setup: case SYS_setsockopt: case SYS_userfaultfd: /* leave no trace among the descriptors, or not of whose memory they mean */
     if (!as_of_process(g, pid)) mark(g, pid);
     break;
   case SYS_prlimit64: /* may be meant for somebody else: of the same user, or the kernel will say no */
     if (u.n.data.args[0]) {
-      long caller = status_field(pid, "\nUid:");
+      long caller = status_field(g, pid, "\nUid:");
       pid = (pid_t)u.n.data.args[0];
-      if (caller && caller != status_field(pid, "\nUid:")) pid = -1;
+      if (caller && caller != status_field(g, pid, "\nUid:")) pid = -1;
     }
     break;
   }
   struct as *a = as_of_process(g, pid);
-  if (a && release && !fits_machine(a->mapped * PS))
+  if (a && release && !fits_machine(g, a->mapped * PS))
     answer_notif(lc, u.n.id, 0, -ENOMEM, 0);
   else if (!a || command(g, a, release ? SY_CMD_RELEASE : SY_CMD_SYSCALL, nr, (const uint64_t *)u.n.data.args, lc, u.n.id)) {
     count(g, SY_CNT_CONTINUED, 1);
@@ -498,6 +510,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
       break;
     }
     a->ready = 1;
+    if (syscall(SYS_pidfd_send_signal, a->pidfd, 0, NULL, 0)) break; /* it has ended: its number may be anybody's */
     for (int i = 0; i <= SY_SERVICE_THREADS; i++) {
       if (!thread_there(c->pid, q.tids[i])) continue; /* not a thread of that process: a lie, or another pid namespace */
       a->tids[i] = q.tids[i];
@@ -558,7 +571,7 @@ static void poked(struct sy_gateway *g, struct conn *c) {
     int want = g->as[i]->want_release;
     g->as[i]->want_release = 0;
     pthread_mutex_unlock(&g->lock);
-    if (want && !g->as[i]->dying && fits_machine(g->as[i]->mapped * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
+    if (want && !g->as[i]->dying && fits_machine(g, g->as[i]->mapped * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
   }
 }
 
@@ -915,7 +928,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   }
 
   g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  g->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  take_spare(g);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);

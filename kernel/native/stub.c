@@ -60,6 +60,7 @@
 #define A_WIPEONFORK 0x20
 #define A_DONTFORK 0x40
 #define A_KEPT 0x80       /* unmapped by the program, but kept with its frames for the next mmap of that size (alone in the byte) */
+#define IS_PARKED(a) (((a) & A_KEPT) && (a) != A_KEPT) /* A_KEPT beside others: another mapping is being put here, see park() */
 /* word flag of ours, beside those of the ABI: the kernel's mapping of this page is not plain read-write */
 #define W_KPROT 0x80
 

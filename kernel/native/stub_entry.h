@@ -87,10 +87,45 @@ static long brk_unmanaged(uintptr_t want) {
   return (long)brk_cur;
 }
 
-/* One memory call; mm_lock held. */
+/* An address outside the arena that the program would like, but need not get, as mimalloc asks for each of its segments. Below a
+ * TiB, and for reservations without access, it may mean more: compressed pointers, a heap that is to stay in one piece. */
+static int mere_hint(const long *a) { return !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) && a[2] == RW && (uint64_t)a[0] >= 1ull << 40; }
+/* Does this mmap have nothing to do with the arena? */
+static int not_ours(const long *a) {
+  if (IN_ARENA(a[0]) && (a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE))) return 0;
+  return !eligible(a[2], a[3]) || (a[0] && !IN_ARENA(a[0]) && !mere_hint(a)) || (uint64_t)a[1] > SY_ARENA_SIZE;
+}
+/* A call on a range that is of one kind; see in_parts. */
+static long one_part(long nr, long *a) {
+  switch (nr) {
+  case __NR_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, 0);
+  case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, (int)a[3]);
+  case __NR_madvise: return do_madvise((uintptr_t)a[0], (uint64_t)a[1], (int)a[2]);
+  case __NR_mincore: return do_mincore((uintptr_t)a[0], (uint64_t)a[1], (uint8_t *)a[2]);
+  default: return do_mlock((uintptr_t)a[0], (uint64_t)a[1], nr);
+  }
+}
+/* A range may begin in what a forked child inherited, or in a mapping of the program's own, and end in managed memory: piece by piece, in
+ * order, up to the first that fails; ENOMEM of madvise (something in it is not mapped) is said at the end. */
+static long in_parts(long nr, long *a) {
+  uint64_t p = PAGE(a[0]), n = (UP(a[0] + a[1]) - ((uint64_t)a[0] & ~(PS - 1))) / PS;
+  long r = 0;
+  if (!n || p + n > SY_ARENA_PAGES) return one_part(nr, a);
+  for (uint64_t done = 0, k; done < n; done += k) {
+    for (k = 1; done + k < n && !((attr[p + done + k] ^ attr[p + done]) & A_FOREIGN) && is_native(p + done + k) == is_native(p + done);) k++;
+    uint64_t from = done ? VA(p + done) : (uint64_t)a[0], to = done + k == n ? (uint64_t)(a[0] + a[1]) : VA(p + done + k);
+    long r1 = one_part(nr, (long[]){(long)from, (long)(to - from), a[2] + (nr == __NR_mincore ? (long)done : 0), a[3], a[4], a[5]});
+    if (r1 && !(nr == __NR_madvise && r1 == -ENOMEM)) return r1;
+    if (r1) r = r1;
+  }
+  return r;
+}
+
+/* One memory call; mm_lock held. It may come from libc's sites, or past them by way of the gateway. */
 static long emulate(long nr, long *a) {
   switch (nr) {
   case __NR_mmap:
+    if (not_ours(a)) break;
     if (IN_ARENA(a[0]) && (a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) ? mode != MANAGED : !ready(UP(a[1]))) break;
     return do_mmap(a);
   case __NR_brk:
@@ -100,14 +135,13 @@ static long emulate(long nr, long *a) {
   }
   if (mode != MANAGED) /* FORKED or NATIVE: what is in the arena is the kernel's */
     return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+  /* more than the arena: no such range is mapped (and no sum below may wrap) */
+  if (nr != __NR_mmap && nr != __NR_brk && ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE)))
+    return nr == __NR_munmap || nr == __NR_mremap || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
   switch (nr) {
   case __NR_munmap: return do_munmap((uintptr_t)a[0], (uint64_t)a[1]);
-  case __NR_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, 0);
-  case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, (int)a[3]);
-  case __NR_madvise: return do_madvise((uintptr_t)a[0], (uint64_t)a[1], (int)a[2]);
   case __NR_mremap: return do_mremap((uintptr_t)a[0], (uint64_t)a[1], (uint64_t)a[2], a[3], (uintptr_t)a[4]);
-  case __NR_mincore: return do_mincore((uintptr_t)a[0], (uint64_t)a[1], (uint8_t *)a[2]);
-  case __NR_mlock: case __NR_mlock2: case __NR_munlock: return do_mlock((uintptr_t)a[0], (uint64_t)a[1], nr);
+  case __NR_mprotect: case __NR_pkey_mprotect: case __NR_madvise: case __NR_mincore: case __NR_mlock: case __NR_mlock2: case __NR_munlock: return in_parts(nr, a);
   case __NR_mseal: return -EPERM;
   }
   return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
@@ -139,10 +173,6 @@ static long exit_thread(long status) {
 
 static long exec_managed(long nr, struct regs *r);
 
-/* An address outside the arena that the program would like, but need not get, as mimalloc asks for each of its segments. Below a
- * TiB, and for reservations without access, it may mean more: compressed pointers, a heap that is to stay in one piece. */
-static int mere_hint(const long *a) { return !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) && a[2] == RW && (uint64_t)a[0] >= 1ull << 40; }
-
 long sy_dispatch(struct regs *r, long nr);
 long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   long *a = r->a, ret;
@@ -155,19 +185,14 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
   case __NR_exit: return exit_thread(a[0]);
   case __NR_mmap:
-    if (IN_ARENA(a[0]) ? !eligible(a[2], a[3]) && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)) : !eligible(a[2], a[3]) || (a[0] && !mere_hint(a)))
-      return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
-    if ((uint64_t)a[1] > SY_ARENA_SIZE) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+    if (not_ours(a)) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
     break;
   case __NR_brk: case __NR_clone: case __NR_fork: break;
-  case __NR_munmap:
-    if (!IN_ARENA(a[0]) && (uint64_t)a[0] < SY_ARENA_START && (uint64_t)a[0] + (uint64_t)a[1] > SY_ARENA_START && mode == MANAGED) return -EINVAL;
-    __attribute__((fallthrough));
   default:
+    if (nr == __NR_munmap && (uint64_t)a[0] < SY_ARENA_START && (uint64_t)a[0] + (uint64_t)a[1] > SY_ARENA_START && mode == MANAGED) return -EINVAL;
+    /* a key is a property of the kernel's mapping: unmarked, so that the gateway has the memory made the kernel's first */
+    if (nr == __NR_pkey_mprotect && IN_ARENA(a[0]) && (int)a[3] != -1 && mode == MANAGED) return sys6(nr, a[0], a[1], a[2], a[3], 0, 0);
     if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
-    /* more than the arena: no such range is mapped (and no sum below may wrap) */
-    if ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE))
-      return nr == __NR_munmap || nr == __NR_mremap || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
   }
   SYS(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &old, 8, 0);
   lock();

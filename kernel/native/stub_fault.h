@@ -85,7 +85,7 @@ static int lock_present(uint64_t p, uint64_t pfn) {
   return (x & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && x >> SY_PTE_PFN_SHIFT == pfn &&
          CAS(pte[p], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
 }
-static int may(uint8_t a, int write) { return (a & A_MAPPED) && (A_PROT(a) & (write ? PROT_WRITE : PROT_READ | PROT_WRITE | PROT_EXEC)); }
+static int may(uint8_t a, int write) { return (a & (A_MAPPED | A_FOREIGN | A_KEPT)) == A_MAPPED && (A_PROT(a) & (write ? PROT_WRITE : PROT_READ | PROT_WRITE | PROT_EXEC)); }
 
 static void first_touch(int me, uint64_t p, int write) {
   STORE(chunks[p / SY_CHUNK_PAGES], 1);
@@ -102,6 +102,12 @@ static void first_touch(int me, uint64_t p, int write) {
   }
   uint8_t a = attr[p]; /* read again under the word's lock */
   int prot = kprot(a), native = 0;
+  if (IS_PARKED(a) || (a & A_FOREIGN)) { /* it will have another mapping, or has: then the kernel knows */
+    lock_back(b, n);
+    if (IS_PARKED(a)) nap(20);
+    wake(b, n);
+    return;
+  }
   if (!may(a, write)) { /* not the program's to touch: let the kernel say so (SIGSEGV, or EFAULT inside a call) */
     SYS(__NR_mprotect, VA(p), PS, prot, 0, 0);
     __atomic_fetch_or(&pte[p], W_KPROT, __ATOMIC_SEQ_CST); /* while it is locked: a mapping made after that must see it */
@@ -257,9 +263,13 @@ static long release_all(void);
 static void end_threads(void) {
   struct sy_request q = {.kind = SY_REQ_RELEASED};
   uint32_t threads = service_threads;
-  bait = (uintptr_t)sys_mmap(0, SY_SERVICE_THREADS * PS, RW, ANON, -1, 0);
-  struct uffdio_register r = {.range = {bait, SY_SERVICE_THREADS * PS}, .mode = UFFDIO_REGISTER_MODE_MISSING};
-  if ((long)bait < 0 || SYS(__NR_ioctl, fd_uffd, UFFDIO_REGISTER, &r, 0, 0) < 0) return; /* no memory for two pages: they stay */
+  for (;; nap(1000)) { /* until there is memory for two pages */
+    long at = sys_mmap(0, SY_SERVICE_THREADS * PS, RW, ANON, -1, 0);
+    struct uffdio_register r = {.range = {bait = (uintptr_t)at, SY_SERVICE_THREADS * PS}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (at < 0 && at > -4096) continue;
+    if (SYS(__NR_ioctl, fd_uffd, UFFDIO_REGISTER, &r, 0, 0) == 0) break;
+    SYS(__NR_munmap, at, SY_SERVICE_THREADS * PS, 0, 0, 0);
+  }
   service_threads = 0; /* see exit_thread */
   for (uint32_t i = 1; i < threads; i++) *(volatile char *)(bait + (i - 1) * PS);
   SYS(__NR_munmap, bait, SY_SERVICE_THREADS * PS, 0, 0, 0);

@@ -103,17 +103,32 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (releasing) now_native(p, n);
   return 0;
 }
-/* Makes [lo, hi) of the arena the caller's own, page for page; what is unmapped becomes really unmapped, up to top. */
-static long settle_region(uint64_t lo, uint64_t hi, uint64_t top) {
+/* Makes [lo, hi) of the arena the caller's own, page for page; then what is unmapped becomes really unmapped, up to top. In two steps:
+ * should the first fail, for want of memory, what is free is still ours to map. */
+static long settle_region(uint64_t lo, uint64_t hi) {
   for (uint64_t i = lo; i < hi;) {
     uint64_t k = 1;
     while (i + k < hi && attr[i + k] == attr[i]) k++;
     if (attr[i] == A_KEPT) memset(attr + i, 0, k); /* unmapped, for the program */
-    long r = is_native(i) ? 0 : attr[i] ? settle_run(i, k, attr[i]) : SYS(__NR_munmap, VA(i), k * PS, 0, 0, 0);
+    long r = is_native(i) || !attr[i] ? 0 : settle_run(i, k, attr[i]);
     if (r < 0) return r;
     i += k;
   }
-  if (hi < top) SYS(__NR_munmap, VA(hi), (top - hi) * PS, 0, 0, 0);
+  return 0;
+}
+static void unmap_rest(uint64_t lo, uint64_t hi, uint64_t top) {
+  for (uint64_t i = lo, k; i < top; i += k) {
+    for (k = 1; i + k < hi && !attr[i + k] == !attr[i];) k++;
+    if (i >= hi) k = top - i;
+    if (i >= hi || (!attr[i] && !is_native(i))) SYS(__NR_munmap, VA(i), k * PS, 0, 0, 0);
+  }
+}
+static long settle(void) {
+  long r = settle_region(brk_floor, brk_hi);
+  if (!r) r = settle_region(mmap_floor, mmap_hi);
+  if (r) return r;
+  unmap_rest(brk_floor, brk_hi, SY_BRK_PAGES);
+  unmap_rest(mmap_floor, mmap_hi, SY_ARENA_PAGES);
   return 0;
 }
 
@@ -140,8 +155,7 @@ static long do_clone(struct fork_args *f) {
   long pid = sys6(__NR_clone, flags, 0, ptid_later ? (long)&f->tid : f->ptid, f->ctid, f->tls, SY_MARK);
   if (pid) return pid;
   if (f->managed) {
-    long r = settle_region(brk_floor, brk_hi, SY_BRK_PAGES);
-    if (!r) r = settle_region(mmap_floor, mmap_hi, SY_ARENA_PAGES);
+    long r = settle();
     STORE(ctl->fork_done, r ? 2 : 1);
     futex_wake(&ctl->fork_done, 1);
     if (r) {
@@ -253,8 +267,7 @@ static long release_all(void) {
   protect_request(&on);
   while (kept_count) drop_kept(0);
   releasing = 1;
-  long r = settle_region(brk_floor, brk_hi, SY_BRK_PAGES);
-  if (!r) r = settle_region(mmap_floor, mmap_hi, SY_ARENA_PAGES);
+  long r = settle();
   releasing = 0;
   wake_waiters();
   if (!r) {

@@ -41,19 +41,42 @@ static uint64_t next_used(uint64_t p, uint64_t end) {
 }
 
 /* Brings a piece of the arena back to its first state: nothing mapped, registered, plain read-write. PROT_NONE until registered, so
- * that no touch finds the kernel's zero page. */
+ * that no touch finds the kernel's zero page; or, where the program's threads may go on touching it, read-write at once: see
+ * restore_in_use. */
 static long restore_request(void *arg) {
   uint64_t *a = arg;
-  long r = sys_mmap(VA(a[0]), a[1] * PS, PROT_NONE, ANON | MAP_FIXED, -1, 0);
+  long r = sys_mmap(VA(a[0]), a[1] * PS, a[2] ? RW : PROT_NONE, ANON | MAP_FIXED, -1, 0);
   if (r < 0 && r > -4096) return r;
   uffd_register(a[0], a[1], UFFDIO_REGISTER_MODE_MISSING);
-  return SYS(__NR_mprotect, VA(a[0]), a[1] * PS, RW, 0, 0);
+  return a[2] ? 0 : SYS(__NR_mprotect, VA(a[0]), a[1] * PS, RW, 0, 0);
 }
-static void arena_restore(uint64_t p, uint64_t n) { by_command_thread(restore_request, (uint64_t[]){p, n}); }
+static long arena_restore(uint64_t p, uint64_t n) { return by_command_thread(restore_request, (uint64_t[]){p, n, 0}); }
+/* After restore_request under threads that go on touching: found[i] & 1 where one did before the range was registered. That page is the
+ * kernel's own. At most SY_CHUNK_PAGES. */
+static uint8_t found[SY_CHUNK_PAGES]; /* under mm_lock */
+static void touched_meanwhile(uint64_t p, uint64_t n) {
+  memset(found, 0, n);
+  SYS(__NR_mincore, VA(p), n * PS, found, 0, 0);
+}
+
+/* A range whose mapping is about to be replaced is parked: a first touch waits (it looks again and again) until it has been; what is
+ * there can be touched until then. */
+static void park(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++)
+    if (attr[i]) attr[i] |= A_KEPT;
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) /* faults that decided on the old attr */
+    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+}
+static void unpark(uint64_t p, uint64_t n) {
+  for (uint64_t i = p; i < p + n; i++)
+    if (IS_PARKED(attr[i])) attr[i] &= (uint8_t)~A_KEPT;
+}
 
 /* Takes the content of [p, p + n) away: frames go back to the gateway, the next touch finds zero. The kernel's mapping is emptied
- * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens. */
-static void evict(uint64_t p, uint64_t n) {
+ * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens.
+ * mapped_over: the kernel has another mapping there already, only the words are left. */
+static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
   __atomic_thread_fence(__ATOMIC_SEQ_CST); /* attr before words: a fault thread locks the word first, then reads attr again */
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i, end)) {
     if (untouched(LOAD(pte[i]))) {
@@ -63,7 +86,7 @@ static void evict(uint64_t p, uint64_t n) {
     word_t w = word_lock(i);
     int st = w & SY_PTE_STATE_MASK;
     if (st == SY_PTE_NONE) {
-      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
+      if ((w & W_KPROT) && !mapped_over) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
       word_unlock(i, w & ~(word_t)W_KPROT);
       i++;
       continue;
@@ -80,10 +103,30 @@ static void evict(uint64_t p, uint64_t n) {
       k++;
     }
     if (st == SY_PTE_NATIVE) {
-      arena_restore(i, k);
-      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE);
-      __atomic_fetch_sub(&ctl->pages_native, k, __ATOMIC_RELAXED);
+      uint64_t still = 0;
+      memset(found, 0, k);
+      if (!mapped_over) {
+        if (by_command_thread(restore_request, (uint64_t[]){i, k, 1}) < 0) { /* no memory for another mapping: it stays the kernel's */
+          SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
+          memset(found, 1, k);
+        } else
+          touched_meanwhile(i, k);
+      }
+      for (uint64_t j = 0; j < k; j++) {
+        int prot = kprot(attr[i + j]), odd = (found[j] & 1) && prot != RW;
+        if (odd) SYS(__NR_mprotect, VA(i + j), PS, prot, 0, 0);
+        word_unlock(i + j, found[j] & 1 ? SY_PTE_NATIVE | (odd ? W_KPROT : 0) : SY_PTE_NONE);
+        still += found[j] & 1;
+      }
+      __atomic_fetch_sub(&ctl->pages_native, k - still, __ATOMIC_RELAXED);
     } else {
+      if (mapped_over) {
+        for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE);
+        __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+        post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
+        i += k;
+        continue;
+      }
       if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
       /* EINVAL: the program locked it (mlockall of its own) */
       if (SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0) == -EINVAL) SYS(__NR_madvise, VA(i), k * PS, 24 /* MADV_DONTNEED_LOCKED */, 0, 0);
@@ -94,6 +137,7 @@ static void evict(uint64_t p, uint64_t n) {
     i += k;
   }
 }
+static void evict(uint64_t p, uint64_t n) { drop_content(p, n, 0); }
 
 /* After attr of [p, p + n) has changed: waits out faults that decided on the old attr, and makes the kernel's protection fit. */
 static long set_kernel_prot(uint64_t p, uint64_t n, int prot) {
@@ -172,6 +216,16 @@ static void hole_add(uint64_t p, uint64_t n) {
   }
   if (n > hole[least].n) hole[least].p = p, hole[least].n = n; /* what is forgotten is found again by the last resort below */
 }
+/* [p, p + n) is no longer free. */
+static void hole_cut(uint64_t p, uint64_t n) {
+  for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) {
+    if (!hole[i].n || hole[i].p >= p + n || p >= hole[i].p + hole[i].n) continue;
+    uint64_t h = hole[i].p, e = hole[i].p + hole[i].n;
+    hole[i].n = 0;
+    if (e > p + n) hole_add(p + n, e - (p + n));
+    if (h < p) hole_add(h, p - h);
+  }
+}
 static uint64_t round_to(uint64_t x, uint64_t a) { return (x + a - 1) & ~(a - 1); }
 /* Finds n free pages; 0 = none (page 0 of the arena is never handed out by mmap). Large pieces are aligned, so that blocks fit. */
 static uint64_t find(uint64_t n) {
@@ -215,7 +269,7 @@ static void claim(uint64_t p, uint64_t n, uint8_t a) {
 }
 static void map_pages(uint64_t p, uint64_t n, uint8_t a) {
   claim(p, n, a);
-  set_kernel_prot(p, n, RW); /* a stray touch may have left a page without access */
+  set_kernel_prot(p, n, A_PROT(a)); /* a stray touch may have left a page without access */
 }
 
 /* ---------------------------------------------------------------- kept pieces
@@ -319,6 +373,37 @@ static void unmap_pages(uint64_t p, uint64_t n) {
   }
 }
 
+/* Whatever is mapped in [p, p + n) becomes anonymous memory mapped as a says, without content. Another thread that touches it finds what
+ * was there or zeros, at no moment nothing. a may be parked. */
+static long replace_pages(uint64_t p, uint64_t n, uint8_t a) {
+  for (uint64_t i = p; i < p + n;) {
+    uint64_t k = 1;
+    uint8_t was = attr[i];
+    while (i + k < p + n && (attr[i + k] & A_FOREIGN) == (was & A_FOREIGN) && !attr[i + k] == !was) k++;
+    if (was & A_FOREIGN) {
+      park(i, k);
+      long r = by_command_thread(restore_request, (uint64_t[]){i, k, 1});
+      if (r < 0 && r > -4096) return unpark(i, k), r;
+      for (uint64_t j = i, m; j < i + k; j += m) {
+        m = SY_CHUNK_PAGES - j % SY_CHUNK_PAGES;
+        if (m > i + k - j) m = i + k - j;
+        touched_meanwhile(j, m);
+        for (uint64_t x = 0; x < m; x++) {
+          if (!(found[x] & 1)) continue;
+          STORE(chunks[j / SY_CHUNK_PAGES], 1);
+          word_unlock(j + x, (word_lock(j + x), SY_PTE_NATIVE));
+          __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+        }
+      }
+    }
+    memset(attr + i, a, k);
+    if (!(was & A_FOREIGN)) evict(i, k);
+    if (was) post(SY_MSG_MM_MUNMAP, i, 0, k, 0, 0, 0);
+    i += k;
+  }
+  return 0;
+}
+
 /* ---------------------------------------------------------------- the calls */
 static void touch(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++) {
@@ -332,9 +417,11 @@ static void touch(uint64_t p, uint64_t n) {
 
 /* A mapping of the program's own (a file, shared memory, code) put into the arena by MAP_FIXED. */
 static long map_foreign(uint64_t p, uint64_t n, long *a) {
-  unmap_pages(p, n);
+  park(p, n);
   long r = sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
-  if (r < 0 && r > -4096) return r;
+  if (r < 0 && r > -4096) return unpark(p, n), r;
+  drop_content(p, n, 1);
+  hole_cut(p, n);
   memset(attr + p, A_OF(a[2]) | A_FOREIGN, n);
   if (p >= SY_BRK_PAGES && p + n > mmap_hi) mmap_hi = p + n, ctl->mmap_hi = mmap_hi;
   return r;
@@ -359,14 +446,26 @@ static long do_mmap(long *a) {
   if (fixed) {
     p = PAGE(addr);
     if (addr % PS) return -EINVAL;
-    if (!a[1] || n > SY_ARENA_PAGES || p + n > SY_ARENA_PAGES) return a[1] ? -ENOMEM : -EINVAL;
-    if (is_native(p) || is_native(p + n - 1)) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, (int)a[4], (uint64_t)a[5]);
+    if (!a[1] || (uint64_t)a[1] > SY_ARENA_SIZE || p + n > SY_ARENA_PAGES) return a[1] ? -ENOMEM : -EINVAL;
+    for (uint64_t k = 1; k < n; k++) /* begins in what a forked child inherited and ends in managed memory, or the other way round */
+      if (is_native(p + k) != is_native(p)) {
+        if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
+        long r = do_mmap((long[]){a[0], (long)(k * PS), prot, flags, a[4], a[5]});
+        if (r < 0 && r > -4096) return r;
+        long r2 = do_mmap((long[]){(long)VA(p + k), a[1] - (long)(k * PS), prot, flags, a[4], flags & MAP_ANONYMOUS ? 0 : a[5] + (long)(k * PS)});
+        return r2 < 0 && r2 > -4096 ? r2 : r;
+      }
+    if (is_native(p)) {
+      long r = sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, (int)a[4], (uint64_t)a[5]);
+      if (r == (long)addr) memset(attr + p, A_OF(prot), n);
+      return r;
+    }
     drop_kept_in(p, n);
     if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
     if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
-    unmap_pages(p, n);
-    for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) /* no longer free */
-      if (hole[i].n && hole[i].p < p + n && p < hole[i].p + hole[i].n) hole[i].n = 0;
+    long r = replace_pages(p, n, A_OF(prot));
+    if (r < 0) return r;
+    hole_cut(p, n);
   } else {
     if (!a[1]) return -EINVAL;
     if (!addr && prot == RW && n <= KEEP_PAGES && (p = reuse(n))) {
@@ -407,13 +506,7 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
   uint64_t p = PAGE(addr), n = UP(size) / PS;
   if (!n) return 0;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
-  if (is_native(p) || (nr == __NR_pkey_mprotect && pkey != -1)) {
-    if (!is_native(p)) touch(p, n); /* a key is a property of the kernel's mapping: have one */
-    long r = SYS(nr, addr, size, prot, pkey, 0);
-    if (r == 0 && !is_native(p))
-      for (uint64_t i = p; i < p + n; i++) attr[i] = (uint8_t)((attr[i] & ~(7 << 1)) | ((prot & 7) << 1));
-    return r;
-  }
+  if (is_native(p)) return SYS(nr, addr, size, prot, pkey, 0);
   if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC)) return -EINVAL; /* GROWSDOWN: not on anonymous mappings like these */
   if (!all_mapped(p, n)) return -ENOMEM;
   for (uint64_t i = p; i < p + n;) {
@@ -474,7 +567,7 @@ static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
 }
 
 /* Moves n pages' content from p to q (free and unmapped there): the same frames are mapped at q, then taken away at p. */
-struct move { uint64_t p, q, n; int prot; };
+struct move { uint64_t p, q, n; int prot; uint64_t done; /* pages */ };
 static long move_request(void *arg) {
   struct move *m = arg;
   for (uint64_t end = m->p + m->n, i = next_used(m->p, end); i < end; i = next_used(i, end)) {
@@ -496,9 +589,15 @@ static long move_request(void *arg) {
     STORE(chunks[j / SY_CHUNK_PAGES], 1);
     STORE(chunks[(j + k - 1) / SY_CHUNK_PAGES], 1);
     word_t flag = (m->prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED);
+    for (uint64_t x = 0; x < k; x++) /* touched while its place was being cleared */
+      if ((LOAD(pte[j + x]) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE) __atomic_fetch_sub(&ctl->pages_native, 1, __ATOMIC_RELAXED);
     if (st == SY_PTE_PRESENT) {
       uint32_t nd = node_of(pfn);
-      sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+      long r = sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+      if (r < 0 && r > -4096) {
+        for (uint64_t x = 0; x < k; x++) word_unlock(i + x, (LOAD(pte[i + x]) & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_PRESENT);
+        return m->done = i - m->p, r;
+      }
       uffd_register(j, k, UFFD_FRAME);
       post(SY_MSG_PAGE_MOVED, j, pfn, k, 0, 0, 0);
       for (uint64_t x = 0; x < k; x++) STORE(pte[j + x], ((word_t)(pfn + x) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | flag);
@@ -506,9 +605,10 @@ static long move_request(void *arg) {
       if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
       for (uint64_t x = 0; x < k; x++) word_unlock(i + x, SY_PTE_NONE | SY_PTE_STALE);
     } else { /* native page: let the kernel move it, and repair the hole */
-      SYS(__NR_mremap, VA(i), PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(j));
+      long r = SYS(__NR_mremap, VA(i), PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(j));
+      if (r < 0 && r > -4096) return word_unlock(i, w), m->done = i - m->p, r;
       STORE(pte[j], SY_PTE_NATIVE | flag);
-      restore_request((uint64_t[]){i, 1});
+      restore_request((uint64_t[]){i, 1, 0});
       word_unlock(i, SY_PTE_NONE);
     }
     i += k;
@@ -526,14 +626,22 @@ static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, 
     if (q + m > SY_ARENA_PAGES) return -ENOMEM;
     if (from && q < p + n && p < q + m) return -EINVAL;
     if (SYS(__NR_madvise, old, n * PS, MADV_NORMAL, 0, 0) < 0) return -EFAULT; /* nothing there to move: the target stays */
-    unmap_pages(q, m);
+    drop_kept_in(q, m);
+    park(q, m);
   }
   long r = SYS(__NR_mremap, old, old_size, new_size, flags, to);
   if (r < 0 && r > -4096) {
-    if (into) arena_restore(q, m);
+    if (into && SYS(__NR_madvise, VA(q), m * PS, MADV_NORMAL, 0, 0) == 0) unpark(q, m);
+    else if (into) { /* the kernel had unmapped the target first */
+      drop_content(q, m, 1);
+      memset(attr + q, 0, m);
+      arena_restore(q, m);
+    }
     return r;
   }
   if (into) {
+    drop_content(q, m, 1);
+    hole_cut(q, m);
     memset(attr + q, a, m);
     if (q >= SY_BRK_PAGES && q + m > mmap_hi) mmap_hi = q + m, ctl->mmap_hi = mmap_hi;
   }
@@ -565,6 +673,7 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   uint64_t p = PAGE(old), n = UP(old_size) / PS, m = UP(new_size) / PS, q;
   if (!IN_ARENA(old) || is_native(p)) return mremap_foreign(old, old_size, new_size, flags, to);
   if (old % PS || !m || (flags & ~7L) || ((flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)) && !(flags & MREMAP_MAYMOVE))) return -EINVAL;
+  if ((flags & MREMAP_DONTUNMAP) && n != m) return -EINVAL;
   if (!n || p + n > SY_ARENA_PAGES || m > SY_ARENA_PAGES) return n ? -ENOMEM : -EINVAL;
   if (!all_mapped(p, n)) return -EFAULT;
   for (uint64_t i = p; i < p + n; i++)
@@ -578,18 +687,18 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
     if (to % PS) return -EINVAL;
     if (q + m > SY_ARENA_PAGES || is_native(q)) return -ENOMEM; /* beyond the arena, or onto what a forked child inherited: docs/limits.md */
     if (q < p + n && p < q + m) return -EINVAL;
-    unmap_pages(q, m);
+    drop_kept_in(q, m);
+    for (uint64_t i = q, k; i < q + m; i += k) { /* what is mapped there waits, without content; what is not stays so until it is */
+      for (k = 1; i + k < q + m && !attr[i + k] == !attr[i];) k++;
+      long r = replace_pages(i, k, attr[i] ? A_OF(RW) | A_KEPT : 0);
+      if (r < 0) return unpark(q, m), r;
+    }
+    hole_cut(q, m);
   } else if (!(flags & MREMAP_DONTUNMAP) && m <= n) {
     if (m < n) unmap_pages(p + m, n - m);
     return (long)old;
   } else if (!(flags & MREMAP_DONTUNMAP) && p + m <= (p < SY_BRK_PAGES ? SY_BRK_PAGES : SY_ARENA_PAGES) && p >= SY_BRK_PAGES && all_free(p + n, m - n)) {
-    for (unsigned i = 0; i < sizeof hole / sizeof *hole; i++) {
-      if (!hole[i].n || hole[i].p >= p + m || p + n >= hole[i].p + hole[i].n) continue;
-      uint64_t h = hole[i].p, e = hole[i].p + hole[i].n;
-      hole[i].n = 0;
-      if (e > p + m) hole_add(p + m, e - (p + m));
-      if (h < p + n) hole_add(h, p + n - h);
-    }
+    hole_cut(p + n, m - n);
     map_pages(p + n, m - n, a);
     return (long)old;
   } else {
@@ -601,7 +710,13 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   }
   /* The content first, the claim afterwards: until then no fault may put a block there. */
   set_kernel_prot(q, m, RW);
-  by_command_thread(move_request, &(struct move){p, q, n < m ? n : m, A_PROT(a)});
+  struct move mv = {p, q, n < m ? n : m, A_PROT(a), 0};
+  long r = by_command_thread(move_request, &mv);
+  if (r < 0) { /* no memory for the mappings: back with what has moved, for which there is room */
+    by_command_thread(move_request, &(struct move){q, p, mv.done, A_PROT(a), 0});
+    memset(attr + q, 0, m);
+    return r;
+  }
   claim(q, m, a);
   if (flags & MREMAP_DONTUNMAP)
     evict(p, n);
@@ -631,13 +746,22 @@ static long do_brk(uintptr_t want) {
   return (long)brk_cur;
 }
 
+/* To where the program says: its address may be wrong. */
+static int copy_out(void *to, const void *from, size_t n) {
+  struct iovec here = {(void *)from, n}, there = {to, n};
+  return sys6(__NR_process_vm_writev, SYS(__NR_getpid, 0, 0, 0, 0, 0), (long)&here, 1, (long)&there, 1, 0) == (long)n ? 0 : -EFAULT;
+}
 static long do_mincore(uintptr_t addr, uint64_t size, uint8_t *vec) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
   if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_mincore, addr, size, vec, 0, 0);
   if (!all_mapped(p, n)) return -ENOMEM;
-  for (uint64_t i = 0; i < n; i++) vec[i] = LOAD(chunks[(p + i) / SY_CHUNK_PAGES]) && (LOAD(pte[p + i]) & SY_PTE_STATE_MASK) != SY_PTE_NONE;
+  for (uint64_t i = 0, k; i < n; i += k) {
+    k = n - i < sizeof found ? n - i : sizeof found;
+    for (uint64_t j = 0; j < k; j++) found[j] = LOAD(chunks[(p + i + j) / SY_CHUNK_PAGES]) && (LOAD(pte[p + i + j]) & SY_PTE_STATE_MASK) != SY_PTE_NONE;
+    if (copy_out(vec + i, found, k)) return -EFAULT;
+  }
   return 0;
 }
 

@@ -296,7 +296,7 @@ static void scribble(struct as *a, int what) {
   case 14: /* dirties frames that it owns */
     for (uint32_t f = a->list, k = (uint32_t)take(1); f != NONE && k; f = G->fnext[f], k--) memset(frame_mem(G, f), 0xee, 8);
     break;
-  case 15: a->ctl->done[take(1) % SY_CMD_SLOTS] = (struct sy_cmd_done){take(1) % 4 ? G->cmd_id - take(1) % 4 : number(), (int64_t)number()}; break;
+  case 15: a->ctl->done[take(1) % SY_CMD_SLOTS] = (struct sy_cmd_done){take(1) % 4 ? a->cmd_id - take(1) % 4 : number(), (int64_t)number()}; break;
   }
 }
 static void step(int what) {
