@@ -94,7 +94,8 @@ class Gateway:
     """One enclave and its bus.
 
     :param run_dir: existing directory, with keys; the sockets appear in it
-    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native"}``
+    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native",
+        "users": [uid beside root whose programs may join, …]}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
 
@@ -120,6 +121,12 @@ class Gateway:
         if oom not in OOM:
             raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
         lib.sy_gw_set_oom(self.gw, OOM[oom])
+        users = codec.field(config, "users", list) if "users" in config else []
+        for uid in users:
+            if not isinstance(uid, int) or not 0 <= uid < 1 << 32:
+                raise BusError(f"config.json has {uid!r} among 'users': they are numbers")
+            if lib.sy_gw_admit(self.gw, uid):
+                raise BusError(f"config.json has {len(users)} 'users': at most {lib.SY_MAX_USERS}")
         self.tables = Tables(lib.sy_gw_header_fd(self.gw), lib.sy_gw_frames_fd(self.gw))
 
         self._events = np.zeros(BATCH, MSG_DTYPE)

@@ -68,19 +68,29 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
     type=click.Choice(["kill", "native"]),
     help="Out of frames: end the program with the most of them, as Linux does, or give native memory.",
 )
+@click.option(
+    "--user", "users", multiple=True, metavar="NAME", help="Whose programs may run on it, beside root's and the caller's of sudo."
+)
 @run_dir_option
 @click.pass_context
 def up(
-    ctx: click.Context, ram: str, nodes: int, implementation: tuple[str, ...], oom: str, run_dir: str | None
+    ctx: click.Context,
+    ram: str,
+    nodes: int,
+    implementation: tuple[str, ...],
+    oom: str,
+    users: tuple[str, ...],
+    run_dir: str | None,
 ) -> None:
     """Bring an enclave up: supervisord, gateway, components. Needs root.
 
     \b
-    Example: sylvie up --ram 4G --nodes 2
+    Example: sylvie up --ram 4G --nodes 2 --user www-data
     """
     from sylvie import life
 
-    life.up(chosen(ctx, run_dir), life.parse_size(ram), nodes, life.parse_implementations(implementation), oom)
+    settings = {"ram": life.parse_size(ram), "nodes": nodes, "oom": oom, "users": life.parse_users(users)}
+    life.up(chosen(ctx, run_dir), settings, life.parse_implementations(implementation))
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -66,6 +67,13 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
     if reason := why_native(Path(program)):
         print(f"sylvie: {command[0]} {reason}: it runs natively", file=sys.stderr, flush=True)
         os.execve(program, command, environment())
+    if os.geteuid() not in (0, *users(run_dir)):
+        print(
+            f"sylvie: this enclave is not for user {os.geteuid()} (sylvie up --user): {command[0]} runs natively",
+            file=sys.stderr,
+            flush=True,
+        )
+        os.execve(program, command, environment())
     launcher = NATIVE / "sylvie-launch"
     if not launcher.exists():
         fail("the C parts are not built: run `make setup`", 125)
@@ -75,6 +83,14 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
         [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command],
         environment(),
     )
+
+
+def users(run_dir: Path) -> list[int]:
+    """Whose programs the gateway admits, beside root's."""
+    try:
+        return list(json.loads((run_dir / "config.json").read_text()).get("users", []))
+    except (OSError, ValueError):
+        return []
 
 
 def environment() -> dict[bytes, bytes]:

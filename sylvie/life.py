@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -67,6 +68,19 @@ def parse_implementations(pairs: tuple[str, ...]) -> dict[str, str]:
     return out
 
 
+def parse_users(names: tuple[str, ...]) -> list[int]:
+    """Uids of users beside root, with the one who called sudo. :raises Problem: there is none of that name"""
+    if caller := os.environ.get("SUDO_UID", ""):
+        names += (caller,)
+    uids = set()
+    for name in names:
+        try:
+            uids.add(int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            raise Problem(f"--user {name}: no such user (getent passwd lists them)") from None
+    return sorted(uids - {0})
+
+
 def control(run_dir: Path, request: dict[str, Any], timeout: float = 30.0) -> dict[str, Any]:
     """One request to the gateway. :raises Problem: it is not there, or says no"""
     from bus.client import Control
@@ -111,9 +125,14 @@ def supervisor_conf(run_dir: Path) -> Path:
     return conf
 
 
-def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str], oom: str) -> None:
-    """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind."""
+def up(run_dir: Path, settings: dict[str, Any], chosen: dict[str, str]) -> None:
+    """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind.
+
+    :param settings: of config.json: ram, nodes, oom, users (``kernel.gateway.Gateway``)
+    :param chosen: implementations that are not the default, by component
+    """
     began = time.monotonic()
+    ram, nodes = settings["ram"], settings["nodes"]
     if os.geteuid() != 0:
         raise Problem(
             "`sylvie up` needs root: it holds descriptors and settings that only root may have. Try it with sudo."
@@ -138,7 +157,7 @@ def up(run_dir: Path, ram: int, nodes: int, chosen: dict[str, str], oom: str) ->
     run_dir.chmod(0o755)
     wanted = {name: name for name in components()} | chosen
     try:
-        write_config(run_dir, {"ram": ram, "nodes": nodes, "components": wanted, "oom": oom})
+        write_config(run_dir, settings | {"components": wanted})
         supervisord = Path(sys.executable).with_name("supervisord")
         done = subprocess.run(
             [supervisord, "-c", supervisor_conf(run_dir)], capture_output=True, text=True, timeout=PATIENCE, check=False

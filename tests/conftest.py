@@ -99,7 +99,7 @@ def root_dir() -> Iterator[Path]:
 
 def bring_up(run_dir: Path, *args: str) -> Enclave:
     e = Enclave(run_dir)
-    e.cli("up", *(args or ("--ram", "512M")))
+    e.cli("up", "--user", "nobody", *(args or ("--ram", "512M")))
     return e
 
 

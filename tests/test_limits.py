@@ -177,3 +177,21 @@ print(frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), frames(mmap.MAP_SHARED | mm
       frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7), frames(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_STACK))
 """
     assert run(enclave, code) == ["True False False False"]
+
+
+def test_guards_and_forced_writes(enclave: Enclave) -> None:
+    code = """
+p = libc.mmap
+p.restype = ctypes.c_void_p
+p.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+at = p(None, 1 << 20, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+ctypes.memset(at, 1, 1 << 20)
+print(libc.madvise(ctypes.c_void_p(at), 4096, 102), ctypes.get_errno())
+libc.mprotect(ctypes.c_void_p(at), 4096, 1)
+with open("/proc/self/mem", "r+b", buffering=0) as mem:
+    mem.seek(at)
+    try: mem.write(b"x"); print("written")
+    except OSError as e: print("not written")
+print(ctypes.string_at(at, 1))
+"""
+    assert run(enclave, code) == ["-1 22", "not written", "b'\\x01'"]

@@ -12,9 +12,13 @@ from conftest import Enclave
 Compiled = Callable[[str], Path]
 
 
-@pytest.mark.parametrize(
-    "what", ["trimmed heap", "purged blocks", "large environment", "ignored children", "ids in memory"]
-)
+WHAT = [
+    "trimmed heap", "purged blocks", "large environment", "ignored children", "ids in memory", "replaced mappings", "ranges over both",
+    "mappings past libc", "survivor", "bad pointers", "refused calls", "protection keys", "advice to oneself",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WHAT)
 def test_once_broken(enclave: Enclave, compiled: Compiled, what: str) -> None:
     cmd = [str(compiled("once_broken")), what]
     native = subprocess.run(cmd, capture_output=True, text=True, timeout=60)

@@ -18,7 +18,7 @@ from conftest import Enclave, wait_for
 from bus import keys
 from bus.client import EVENTS, REQUESTS, Control, endpoint, subscriber
 from bus.codec import BusError, pack
-from kernel.abi import OP_DTYPE, lib, names
+from kernel.abi import OP_DTYPE, ffi, lib, names
 
 RESULTS = names("SY_R_")
 
@@ -178,3 +178,40 @@ def test_keys_live_as_long_as_the_enclave(own_enclave: Enclave) -> None:
     own_enclave.cli("swap", "buddy", "next_fit")
     own_enclave.cli("down")
     assert not own_enclave.run_dir.exists()
+
+
+JOIN = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+s.settimeout(10)
+s.connect(sys.argv[1])
+s.send(bytes.fromhex(sys.argv[2]))
+data, fds, _, _ = socket.recv_fds(s, 4096, 16)
+print(int.from_bytes(data[8:12], "little"), len(fds))
+"""
+MANAGED = 'b = bytearray(8 << 20); print(any("sylvie-ram" in line for line in open("/proc/self/maps")))'
+
+
+def test_only_admitted_users_get_memory(enclave: Enclave) -> None:
+    """Who was not named gets neither a userfaultfd nor RAM: refused by the gateway, and told by ``sylvie run``."""
+    admitted, stranger = 65534, 64999
+    hello = bytes(ffi.buffer(ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_NEED_UFFD, 0))))
+    before = enclave.status()["counters"]["bad_hellos"]
+    gateway = enclave.run_dir / "gateway.sock"
+    assert as_uid(admitted, JOIN, gateway, hello.hex()) == f"{lib.SY_W_OK} 1\n"
+    assert as_uid(stranger, JOIN, gateway, hello.hex()) == f"{lib.SY_W_REFUSED} 0\n"
+    assert enclave.status()["counters"]["bad_hellos"] == before + 1
+    for uid, managed in ((admitted, True), (stranger, False)):
+        become = ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+        assert enclave.run([*become, "/usr/bin/python3", "-c", MANAGED]).stdout == f"{managed}\n"
+        done = subprocess.run(
+            [*become, *enclave.command(["/usr/bin/python3", "-c", MANAGED])], capture_output=True, text=True, timeout=30
+        )
+        assert done.stdout == f"{managed}\n"
+        assert ("not for user" in done.stderr) is not managed
+
+
+def test_users_are_named(root_dir: Path) -> None:
+    e = Enclave(root_dir / "users")
+    assert "no such user" in e.cli("up", "--user", "no-such-user", ok=False).stderr
+    assert not e.run_dir.exists()

@@ -220,6 +220,7 @@ enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
  * FUTEX_WAKE (shared): no descriptor is needed. Garbage in it costs the gateway a wake-up at most: it looks every 50 ms anyway. */
 struct sy_bell { uint32_t rung; };
 #define SY_BELL_BYTES 4096
+#define SY_MAX_USERS 64 /* beside root, whose programs may join */
 /* Bytes that must stay available to the machine when memory turns native. */
 #define SY_MACHINE_KEEPS 67108864
 enum sy_counter {

@@ -32,7 +32,7 @@
 #define ARENA_HI_END ((uint32_t)((SY_ARENA_START + SY_ARENA_SIZE) >> 32))
 
 /* A jump names labels; sy_filter_link counts the distances. NEXT: the following instruction. */
-enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, SHARED_VM, MMAP, MMAP_HINT, PMADVISE, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, LABELS };
+enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, SHARED_VM, MMAP, MMAP_HINT, PMADVISE, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, OTHER_ARCH, LABELS };
 struct sy_insn { uint16_t code; uint32_t k; uint8_t jt, jf, label; };
 #define ARG_LO(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i), 0, 0, 0}
 #define ARG_HI(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i) + 4, 0, 0, 0}
@@ -44,8 +44,9 @@ struct sy_insn { uint16_t code; uint32_t k; uint8_t jt, jf, label; };
 
 static const struct sy_insn sy_rules[] = {
     {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch), 0, 0, 0},
-    EQ(AUDIT_ARCH_X86_64, NEXT, ALLOW),
+    EQ(AUDIT_ARCH_X86_64, NEXT, OTHER_ARCH),
     {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0, 0},
+    GE(0x40000000 /* __X32_SYSCALL_BIT */, NOSYS, NEXT), /* the same calls by other numbers */
     EQ(__NR_mmap, MMAP, NEXT),
     EQ(__NR_munmap, ADDR, NEXT), EQ(__NR_mremap, ADDR, NEXT), EQ(__NR_madvise, ADDR, NEXT), EQ(__NR_mprotect, ADDR, NEXT), EQ(__NR_pkey_mprotect, ADDR, NEXT),
     EQ(__NR_mlock, ADDR, NEXT), EQ(__NR_mlock2, ADDR, NEXT), EQ(__NR_munlock, ADDR, NEXT), EQ(__NR_mincore, ADDR, NEXT), EQ(__NR_mseal, ADDR, NEXT),
@@ -78,6 +79,8 @@ static const struct sy_insn sy_rules[] = {
     /* limits that would count the arena */
     AT(SETRLIMIT), ARG_LO(0), EQ(SY_RLIMIT_AS, NOTIFY, NEXT), EQ(SY_RLIMIT_DATA, NOTIFY, ALLOW),
     AT(PRLIMIT), ARG_LO(2), EQ(0, ALLOW, NEXT), ARG_LO(1), EQ(SY_RLIMIT_AS, NOTIFY, NEXT), EQ(SY_RLIMIT_DATA, NOTIFY, ALLOW),
+    /* int 0x80: fork and clone would copy our mappings */
+    AT(OTHER_ARCH), {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0, 0}, EQ(2, NOTIFY, NEXT), EQ(120, NEXT, ALLOW), ARG_LO(0), ANY(CLONE_VM, ALLOW, NOTIFY),
     AT(ALLOW), RET(SECCOMP_RET_ALLOW),
     AT(NOTIFY), RET(SECCOMP_RET_USER_NOTIF),
     /* clone3 hides its flags behind a pointer; glibc falls back to clone */

@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/magic.h>
+#include <linux/audit.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
@@ -163,6 +164,8 @@ struct sy_gateway {
   int nlobby;
   struct pending *pend;
   int npend, pend_cap;
+  uint32_t user[SY_MAX_USERS];
+  int nusers;
   struct marked marked[64];
   unsigned nmarked;
 };

@@ -159,6 +159,11 @@ static int is_fd(int fd, const char *what) {
   return readlink(p, link, sizeof link - 1) >= 0 && !strcmp(link, what);
 }
 
+static int admitted(const struct sy_gateway *g, uid_t uid) {
+  int yes = uid == 0;
+  for (int i = 0; i < g->nusers; i++) yes |= g->user[i] == uid;
+  return yes;
+}
 static void hello(struct sy_gateway *g, struct conn *c) {
   struct sy_hello h;
   int fd[4], n;
@@ -174,6 +179,11 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   if (h.abi != SY_ABI_VERSION) {
     count(g, SY_CNT_BAD_HELLOS, 1);
     welcome(g, c->fd, SY_W_ABI, 0, NULL, 0);
+    goto refuse;
+  }
+  if ((h.kind == SY_HELLO_NEED_UFFD || h.kind == SY_HELLO_STUB) && !admitted(g, cred.uid)) { /* they would get RAM */
+    count(g, SY_CNT_BAD_HELLOS, 1);
+    welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
     goto refuse;
   }
   if (h.kind == SY_HELLO_NEED_UFFD && n == 0) {
@@ -398,7 +408,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
       break;
     }
   count(g, SY_CNT_NOTIFICATIONS, 1);
-  int nr = u.n.data.nr;
+  int nr = u.n.data.arch == AUDIT_ARCH_X86_64 ? u.n.data.nr : SYS_fork; /* see filter.h: of another architecture only this */
   pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
   int release = 1; /* what could not be done on memory that is not the kernel's own */
   switch (nr) {
@@ -421,6 +431,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
     break;
   }
   struct as *a = as_of_process(g, pid);
+  if (ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &u.n.id)) return answer_notif(lc, u.n.id, 0, 0, 1); /* killed meanwhile: the number is anybody's */
   if (a && release && !fits_machine(g, a->mapped * PS))
     answer_notif(lc, u.n.id, 0, -ENOMEM, 0);
   else if (!a || command(g, a, release ? SY_CMD_RELEASE : SY_CMD_SYSCALL, nr, (const uint64_t *)u.n.data.args, lc, u.n.id)) {
@@ -627,6 +638,11 @@ static void poke(struct sy_gateway *g) {
   }
 }
 void sy_gw_set_oom(struct sy_gateway *g, uint32_t oom) { g->hdr->oom = oom; }
+int sy_gw_admit(struct sy_gateway *g, uint32_t uid) {
+  if (g->nusers == SY_MAX_USERS) return -1;
+  g->user[g->nusers++] = uid;
+  return 0;
+}
 int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
   pthread_mutex_lock(&g->lock);
   struct as *a = find_as(g, asid);

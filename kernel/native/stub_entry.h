@@ -239,13 +239,34 @@ __asm__(".text\n.hidden sy_entry_any\n.globl sy_entry_any\n.type sy_entry_any,@f
         "2: mov sy_syscall_back(%rip),%r11\n jmp sy_entry\n");
 
 /* ---------------------------------------------------------------- exec */
+/* How many variables there are; -EFAULT if the array, or what one of its pointers points to, is not there. */
+static long count_env(char **env) {
+  struct iovec each[32], there, here;
+  char *some[32], byte[32];
+  int pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
+  for (long n = 0;; n += 32) {
+    here = (struct iovec){some, sizeof some}, there = (struct iovec){env + n, sizeof some};
+    long got = sys6(__NR_process_vm_readv, pid, (long)&here, 1, (long)&there, 1, 0) / (long)sizeof *some, k = 0;
+    while (k < got && some[k]) each[k] = (struct iovec){some[k], 1}, k++;
+    here = (struct iovec){byte, (size_t)k};
+    if (k && sys6(__NR_process_vm_readv, pid, (long)&here, 1, (long)each, k, 0) != k) return -EFAULT;
+    if (k < got) return n + k;
+    if (got < 32) return -EFAULT;
+  }
+}
 /* The new image must find the stub again: what the launcher had added to the environment, and the start took out, goes back in. */
 static long exec_managed(long nr, struct regs *r) {
   long *a = r->a;
   char **env = (char **)(nr == __NR_execve ? a[2] : a[3]);
   size_t n = 0;
   if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
-  while (env && env[n]) n++;
+  if (LOAD(mode) == NATIVE) /* it may have forbidden itself to ask */
+    while (env && env[n]) n++;
+  else if (env) {
+    long there = count_env(env);
+    if (there < 0) return there;
+    n = (size_t)there;
+  }
   if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
   /* A small stack may be all there is (posix_spawn's child has 32 KiB): much goes elsewhere, and below vfork stays with the parent. */
   char *mark = mark_env, *few[n > 2000 ? 1 : n + 3], **out = few, pre[sizeof preload_env + 1024];

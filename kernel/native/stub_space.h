@@ -507,6 +507,7 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
   if (!n) return 0;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
   if (is_native(p)) return SYS(nr, addr, size, prot, pkey, 0);
+  prot &= ~8; /* PROT_SEM means nothing on this machine */
   if (prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC)) return -EINVAL; /* GROWSDOWN: not on anonymous mappings like these */
   if (!all_mapped(p, n)) return -ENOMEM;
   for (uint64_t i = p; i < p + n;) {
@@ -561,7 +562,7 @@ static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
   }
   if (set | clear)
     for (uint64_t i = p; i < p + n; i++)
-      if (attr[i]) attr[i] = (uint8_t)((attr[i] | set) & ~clear);
+      if (attr[i] & A_MAPPED) attr[i] = (uint8_t)((attr[i] | set) & ~clear);
   post(SY_MSG_MM_MADVISE, p, 0, n, 0, (uint64_t)advice, 0);
   return r;
 }
@@ -582,7 +583,7 @@ static long move_request(void *arg) {
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
-      if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k) break;
+      if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k || ((x ^ w) & SY_PTE_MLOCKED)) break;
       if (!CAS(pte[i + k], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME)) break;
       k++;
     }

@@ -105,10 +105,12 @@ static int fz_ioctl(int fd, unsigned long request, void *arg) {
     if (!nnotif) return errno = ENOENT, -1;
     nnotif--;
     n->id = notif[nnotif].id, n->pid = notif[nnotif].pid, n->data.nr = (int)notif[nnotif].nr;
+    n->data.arch = n->data.nr % 61 ? AUDIT_ARCH_X86_64 : AUDIT_ARCH_I386;
     for (int i = 0; i < 6; i++) n->data.args[i] = notif[nnotif].arg + (uint64_t)i;
     if (!nnotif) timerfd_settime(fd, 0, &(struct itimerspec){0}, NULL);
     return 0;
   }
+  case SECCOMP_IOCTL_NOTIF_ID_VALID: return 0;
   case SECCOMP_IOCTL_NOTIF_SEND: case SECCOMP_IOCTL_NOTIF_SET_FLAGS: MUST(is_timer(fd), "a notification is answered to what is not a listener"); return 0;
   }
   return errno = ENOTTY, -1;
