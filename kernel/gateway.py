@@ -46,6 +46,7 @@ RELAY = 256  # batches carried before requests have their turn; together what th
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
+HAND_BACK = 60.0  # seconds for programs to take their pages back from the store when we stop
 MAX_AS = 4096  # address spaces that one status lists
 MAX_FRAME = 64 << 20  # bytes
 OF_COMPONENTS = {"hello", "txn", "heartbeat", "goodbye"}  # requests that a component makes in its own name
@@ -95,6 +96,7 @@ class Gateway:
 
     :param run_dir: existing directory, with keys; the sockets appear in it
     :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native",
+        "swap": bytes of the swap file, 0 for none,
         "users": [uid beside root whose programs may join, …]}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
@@ -121,6 +123,9 @@ class Gateway:
         if oom not in OOM:
             raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
         lib.sy_gw_set_oom(self.gw, OOM[oom])
+        swap = codec.field(config, "swap", int) if config.get("swap") else 0
+        if swap and (error := -lib.sy_gw_set_swap(self.gw, str(run_dir / "swap").encode(), swap)):
+            raise BusError(f"no swap file of {swap >> 20} MiB in {run_dir}: {os.strerror(error)}")
         users = codec.field(config, "users", list) if "users" in config else []
         for uid in users:
             if not isinstance(uid, int) or not 0 <= uid < 1 << 32:
@@ -186,10 +191,27 @@ class Gateway:
                     look_at = now + TICK
                     self._look_for_lost(now)
                     self._look_for_run_dir()
+            self._hand_back()
         finally:
             signal.set_wakeup_fd(before)
             wake_in.close()
             wake_out.close()
+
+    def _hand_back(self) -> None:
+        """The store goes with us: programs that have pages in it get all their memory back first, as the kernel's own."""
+        deadline = time.monotonic() + HAND_BACK
+        asked: set[int] = set()
+        while (spaces := [a for a in self._address_spaces() if a["swapped"]]) and time.monotonic() < deadline:
+            for space in spaces:
+                if space["asid"] not in asked:
+                    asked.add(space["asid"])
+                    lib.sy_gw_release(self.gw, space["asid"])
+            time.sleep(0.02)
+        for space in spaces:
+            log.error(
+                "%s (%d) has %d pages in the store and has not let go: it will wait for ever when it touches one",
+                space["command"], space["pid"], space["swapped"],
+            )  # fmt: skip
 
     def stop(self) -> None:
         """Ends ``serve``; may be called from a signal handler."""
@@ -442,6 +464,7 @@ class Gateway:
             "frames": frames_by_state(self.tables.frames),
             "populated": header.populated,
             "nodes": [{"base": base, "frames": size} for base, size in self.tables.nodes],
+            "swap": {"slots": header.slots, "used": header.slots_used},
             "address_spaces": self._address_spaces(),
             "reserve": _by_order(levels),
             "refusals": dict(self.refusals),
@@ -486,7 +509,7 @@ class Gateway:
         space = next((a for a in self._address_spaces() if a["pid"] == pid), None)
         if space is None:
             raise BusError(f"process {pid} has no managed memory: `sylvie status` lists those that have")
-        moves, room = space["mapped"] * lib.SY_PAGE_SIZE, psutil.virtual_memory().available
+        moves, room = (space["mapped"] + space["swapped"]) * lib.SY_PAGE_SIZE, psutil.virtual_memory().available
         if moves + lib.SY_MACHINE_KEEPS > room:
             raise BusError(
                 f"process {pid} has {moves >> 20} MiB in frames, and the machine has {room >> 20} MiB available "

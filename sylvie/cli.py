@@ -68,8 +68,13 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
     type=click.Choice(["kill", "native"]),
     help="Out of frames: end the program with the most of them, as Linux does, or give native memory.",
 )
+@click.option("--swap", default="0", show_default=True, help="Size of the swap file in the run directory; 0 for none.")
 @click.option(
-    "--user", "users", multiple=True, metavar="NAME", help="Whose programs may run on it, beside root's and the caller's of sudo."
+    "--user",
+    "users",
+    multiple=True,
+    metavar="NAME",
+    help="Whose programs may run on it, beside root's and the caller's of sudo.",
 )
 @run_dir_option
 @click.pass_context
@@ -79,6 +84,7 @@ def up(
     nodes: int,
     implementation: tuple[str, ...],
     oom: str,
+    swap: str,
     users: tuple[str, ...],
     run_dir: str | None,
 ) -> None:
@@ -89,7 +95,13 @@ def up(
     """
     from sylvie import life
 
-    settings = {"ram": life.parse_size(ram), "nodes": nodes, "oom": oom, "users": life.parse_users(users)}
+    settings = {
+        "ram": life.parse_size(ram),
+        "nodes": nodes,
+        "oom": oom,
+        "swap": life.parse_size(swap) if swap != "0" else 0,
+        "users": life.parse_users(users),
+    }
     life.up(chosen(ctx, run_dir), settings, life.parse_implementations(implementation))
 
 

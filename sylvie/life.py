@@ -21,9 +21,10 @@ from sylvie.supervisor import nudge, rpc
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ROOT / "components"
+DEFAULT = {"kswapd": "two_list"}  # implementation of each component; of the others: that of its own name
 PATIENCE = 60.0  # seconds for processes to become ready or to end
 OURS = ("config.json", "supervisord.conf", "supervisor.sock", "supervisord.pid", "supervisord.log", "gateway.sock", "gateway.ready",
-        "events.ipc", "txn.ipc")  # fmt: skip
+        "events.ipc", "txn.ipc", "swap")  # fmt: skip
 
 
 def parse_size(text: str) -> int:
@@ -155,7 +156,7 @@ def up(run_dir: Path, settings: dict[str, Any], chosen: dict[str, str]) -> None:
     clean(run_dir, existed=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     run_dir.chmod(0o755)
-    wanted = {name: name for name in components()} | chosen
+    wanted = {name: DEFAULT.get(name, name) for name in components()} | chosen
     try:
         write_config(run_dir, settings | {"components": wanted})
         supervisord = Path(sys.executable).with_name("supervisord")
@@ -230,7 +231,8 @@ def stop(run_dir: Path) -> None:
     supervisor = supervisor_pid(run_dir)
     ended(run_dir, [p for p in first if p.pid != supervisor], 1.0)
     terminate(last)
-    alive = ended(run_dir, family, 20.0)
+    # Pages in the swap store go back to their programs first.
+    alive = ended(run_dir, family, 70.0 if (run_dir / "swap").exists() else 20.0)
     for p in alive:
         with contextlib.suppress(psutil.Error):
             p.kill()

@@ -55,6 +55,12 @@ def status(run_dir: Path, as_json: bool) -> None:
         f"[bold]frames[/] {s['frames']['total']} ({size(s['frames']['total'])}): "
         + ", ".join(f"{k} {v}" for k, v in frames.items())
     )
+    if s["swap"]["slots"]:
+        c = s["counters"]
+        out.print(
+            f"[bold]swap[/] {size(s['swap']['used'])} of {size(s['swap']['slots'])}; pages out {c['swapped_out']}, in again {c['swapped_in']}, "
+            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}"
+        )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
     t = Table(
         "asid",
@@ -62,6 +68,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         "program",
         "managed",
         "native",
+        "swapped",
         "faults",
         "urgent",
         "magazine (order:blocks)",
@@ -71,7 +78,7 @@ def status(run_dir: Path, as_json: bool) -> None:
     for a in s["address_spaces"]:
         native = a["native_kib"] // 4
         share = f" {100 * a['mapped'] // max(1, a['mapped'] + native)} %"
-        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), str(a["faults"]), str(a["urgent"]),
+        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), size(a["swapped"]), str(a["faults"]), str(a["urgent"]),
                   " ".join(f"{o}:{n}" for o, n in a["magazine"].items() if n))  # fmt: skip
     if s["address_spaces"]:
         out.print(t)

@@ -195,7 +195,9 @@ MANAGED = 'b = bytearray(8 << 20); print(any("sylvie-ram" in line for line in op
 def test_only_admitted_users_get_memory(enclave: Enclave) -> None:
     """Who was not named gets neither a userfaultfd nor RAM: refused by the gateway, and told by ``sylvie run``."""
     admitted, stranger = 65534, 64999
-    hello = bytes(ffi.buffer(ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_NEED_UFFD, 0))))
+    hello = bytes(
+        ffi.buffer(ffi.new("struct sy_hello *", (lib.SY_MAGIC, lib.SY_ABI_VERSION, lib.SY_HELLO_NEED_UFFD, 0)))
+    )
     before = enclave.status()["counters"]["bad_hellos"]
     gateway = enclave.run_dir / "gateway.sock"
     assert as_uid(admitted, JOIN, gateway, hello.hex()) == f"{lib.SY_W_OK} 1\n"

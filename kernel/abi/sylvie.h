@@ -44,12 +44,12 @@ enum sy_msg_type {
   SY_MSG_PAGE_FAULT = 200,    /* vpage; arg = userfaultfd flags: a fault the stub could not settle */
   SY_MSG_PAGE_MAPPED = 201,   /* vpage, pfn, order, npages = 1 << order */
   SY_MSG_PAGE_FREED = 202,    /* pfn, npages: frames that are FREE again. From the stub also vpage */
-  SY_MSG_PAGE_HINT = 203,
-  SY_MSG_PAGE_SWAPPED = 204,
-  SY_MSG_PAGE_REFAULT = 205,
+  SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was */
+  SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave, FREE now (PAGE_FREED says so too); arg = first slot */
+  SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
   SY_MSG_PAGE_COW = 206,
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
-  SY_MSG_WATERMARK = 208,
+  SY_MSG_WATERMARK = 208,     /* node; npages = frames FREE there; arg: 0 below min, 1 below low, 2 above high again */
   SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
   SY_MSG_PRESSURE = 210,
   SY_MSG_HEAT_READY = 211,
@@ -61,6 +61,8 @@ enum sy_msg_type {
   SY_MSG_FRAMES_TAKEN = 217,  /* pfn, order, npages: the gateway's own first-fit allocator took FREE frames; asid or 0 */
   SY_MSG_PAGE_MOVED = 218,    /* stub -> gateway: mremap; pfn, npages; vpage = new */
   SY_MSG_MM_RELEASE = 220,    /* asid; arg = the system call that needs it, or 0: asked for. The address space turns native */
+  SY_MSG_SLOT_FREED = 221,    /* stub -> gateway: vpage, npages, arg = first slot: unmapped while swapped out */
+  SY_MSG_SLOT_MOVED = 222,    /* stub -> gateway: vpage = new, arg = slot: mremap */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -91,6 +93,8 @@ enum sy_frame_state {
   SY_FRAME_STATES = 8
 };
 #define SY_FF_ZERO 1     /* content is known to be zero */
+#define SY_FF_AGED 4     /* taken away by AGE and not touched since: Linux's page without an accessed bit */
+#define SY_FF_SWAPPING 2 /* on its way out: taken away from the program, or about to be, and not stored yet */
 
 /* Frame table entry: Linux's struct page, ghOSt's status word. Writer: the gateway only, under its lock. Readers see each
  * field whole (aligned); a decision is validated by the barrier, which changes with every change of the entry. */
@@ -112,7 +116,7 @@ enum sy_pte_state {
   SY_PTE_NONE = 0,
   SY_PTE_PRESENT = 1,
   SY_PTE_LOCKED = 2,     /* somebody is at work on this page; whoever unlocks with CONTENDED set must wake it */
-  SY_PTE_SWAPPED = 3,
+  SY_PTE_SWAPPED = 3,    /* taken away. HASFRAME: the frame still holds the content (Linux's swap cache); else the pfn field is a slot */
   SY_PTE_SHARED_RO = 4,
   SY_PTE_NATIVE = 5      /* backed by the kernel's own anonymous memory (no frame could be had) */
 };
@@ -159,6 +163,7 @@ struct sy_as_ctl {
   uint64_t mag_empty;               /* faults that had to ask the gateway */
   uint64_t brk_pages;
   uint64_t mmap_hi;                 /* vpages above this were never used */
+  uint64_t pages_swapped;           /* pages taken away: in the store, or on the way */
   struct sy_cmd_done done[SY_CMD_SLOTS];
 };
 /* Layout of the memfd: ctl at 0; chunk map; channel; page table. */
@@ -169,9 +174,11 @@ struct sy_as_ctl {
 #define SY_AS_BYTES 135266304
 
 /* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
+#define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4 };
+/* EVICT: args = vpage, pfn, npages: what is still there as said, and not locked, is taken away; result = pages. */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
 /* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
  * mag_head in its own memory by compare-and-swap. */
@@ -187,6 +194,8 @@ struct sy_mag {
   uint32_t cmd_tail;
   struct sy_cmd cmd[SY_CMD_SLOTS];
   struct sy_mag_ring ring[10];       /* orders 0..9 */
+  uint32_t store_seq[SY_STORE_WAITERS];   /* futex: moves after each answer to SWAPIN or FETCH of that waiter */
+  uint32_t store_error[SY_STORE_WAITERS]; /* errno of that answer, 0 = done */
 };
 #define SY_MAG_BYTES 28672
 
@@ -194,6 +203,8 @@ struct sy_mag {
 struct sy_node { uint32_t base; uint32_t frames; };   /* first pfn, number */
 struct sy_component { uint32_t id; uint32_t pid; uint64_t heartbeat_ns; uint32_t state; uint32_t restarts; };
 #define SY_MAX_COMPONENTS 8
+/* Frames FREE on a node: below low WATERMARK is sent, kswapd reclaims up to high; below min the gateway reclaims by itself. */
+struct sy_watermarks { uint32_t min; uint32_t low; uint32_t high; uint32_t free; };
 struct sy_header {
   uint32_t magic;
   uint32_t abi;
@@ -211,6 +222,9 @@ struct sy_header {
   uint64_t events_lost;              /* the gateway's own event ring was full */
   uint64_t counters[32];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
+  struct sy_watermarks watermark[SY_MAX_NODES];
+  uint32_t slots;                    /* of the swap store, pages; 0 = none */
+  uint32_t slots_used;
 };
 #define SY_HEADER_BYTES 4096
 /* When a page is touched and nothing is left: its program gets native memory; or, as Linux does it, the program with the most frames
@@ -227,7 +241,8 @@ enum sy_counter {
   SY_CNT_REGISTERED = 0, SY_CNT_EXITED = 1, SY_CNT_URGENT = 2, SY_CNT_FIRST_FIT = 3, SY_CNT_GRANTS = 4,
   SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,
   SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14,
-  SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17
+  SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
+  SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -267,7 +282,9 @@ enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL 
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */
-enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3, SY_REQ_RELEASED = 4 };
+/* SWAPIN: order = waiter, vpage, tids = n, pfn: the contents of the slots that n LOCKED words name into n GRANTED frames; the slots are free then.
+ * FETCH: order = waiter, vpage, tids = pages, -, address (low, high): contents of the swapped pages of a range into the program's memory. */
+enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3, SY_REQ_RELEASED = 4, SY_REQ_SWAPIN = 5, SY_REQ_FETCH = 6 };
 struct sy_request { uint32_t kind; uint32_t order; uint64_t vpage; uint32_t tids[4]; };
 /* A command is announced by FUTEX_WAKE (shared) on mag.cmd_tail. */
 /* Keeper page: written by the gateway, so that the keeper can answer what a dead gateway left open. 0 = none. */
@@ -282,6 +299,7 @@ struct sy_as_info {
   uint64_t native_pages;  /* arena pages that are native */
   uint64_t faults; uint64_t urgent; uint64_t overflow; uint64_t bad_claims;
   uint64_t brk_pages;
+  uint64_t swapped;       /* pages in the store */
   uint32_t mag_level[10]; /* blocks ready, per order */
   uint32_t pad[2];
 };

@@ -32,6 +32,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -87,7 +88,7 @@ struct as {
   uint64_t tail;          /* of the channel: ours, whatever the client writes */
   uint64_t overflow_seen;
   uint32_t list;          /* first owned frame, NONE = none */
-  uint64_t frames, mapped, bad_claims, urgent;
+  uint64_t frames, mapped, swapped /* slots */, bad_claims, urgent;
   uint32_t mag_head_seen[10];
   int ready;              /* its service threads have their priority */
   int dying;              /* socket hung up: freed once the mm is gone */
@@ -97,7 +98,7 @@ struct as {
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
   int pidfd;
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
-  int starved;            /* it has been told of */
+  uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
   int want_release;       /* sylvie release; under lock */
   int released;           /* turned native: freed when its socket hangs up */
@@ -120,6 +121,12 @@ struct pending {
 };
 /* A process that let the kernel hold its memory before it joined: it must not join. */
 struct marked { pid_t pid; uint64_t born; };
+
+/* One page of the swap store. asid 0: free. */
+struct slot { uint32_t asid, vpage, out, same; uint64_t fill; };
+/* Pages in a row, in frames in a row. */
+struct run { uint32_t asid, pfn, n, flag; uint64_t vpage; };
+#define EVICT_RING 65536
 
 /* The shared memory of one address space. */
 struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
@@ -154,6 +161,7 @@ struct sy_gateway {
 
   struct pair pool[POOL];
   int npool;
+  uint32_t watermark_told[SY_MAX_NODES]; /* arg of the last WATERMARK */
   uint64_t short_ns;      /* when descriptors last ran out; 0 = never. Under lock */
 
   pthread_t server, drain, populate;
@@ -164,6 +172,15 @@ struct sy_gateway {
   int nlobby;
   struct pending *pend;
   int npend, pend_cap;
+  int swap_fd;            /* -1: no store. What follows: under lock */
+  struct slot *slot;      /* [hdr->slots] */
+  uint32_t slot_hint, clock_hand, swapped_out;
+  uint64_t swapping, swap_progress_ns; /* frames with SY_FF_SWAPPING; when the last one left */
+  struct run *evict, *store; /* [EVICT_RING]: to be taken away by their stubs; taken away, to be written */
+  uint32_t evict_head, evict_tail, store_head, store_tail;
+  pthread_cond_t store_work;
+  pthread_t storer;
+  int have_storer;
   uint32_t user[SY_MAX_USERS];
   int nusers;
   struct marked marked[64];
@@ -234,6 +251,13 @@ static void set_free_bits(struct sy_gateway *g, uint32_t pfn, uint32_t n, int on
     i += k;
   }
   g->nfree += on ? n : -(uint64_t)n;
+  struct sy_watermarks *m = &g->hdr->watermark[g->frames[pfn].node];
+  m->free += on ? n : -n;
+  uint32_t *told = &g->watermark_told[g->frames[pfn].node], mark = m->free < m->min ? 0 : m->free < m->low ? 1 : 2;
+  if (mark == 2 ? *told != 2 && m->free >= m->high : mark < *told) {
+    *told = mark;
+    event(g, (struct sy_msg){.type = SY_MSG_WATERMARK, .npages = m->free, .node = g->frames[pfn].node, .arg = mark});
+  }
 }
 static int all_free(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
   for (uint32_t i = pfn; i < pfn + n;) {
@@ -261,6 +285,7 @@ static void isolate(struct sy_gateway *g, uint32_t pfn, int order) {
 static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) {
   for (uint32_t i = pfn; i < pfn + n; i++) {
     struct sy_frame *f = &g->frames[i];
+    if (f->flags & SY_FF_SWAPPING) g->swapping--;
     f->asid = 0, f->vpage = 0, f->refcount = 0;
     f->flags = zero ? SY_FF_ZERO : 0;
   }
@@ -564,6 +589,8 @@ static uint64_t drain_magazines(struct sy_gateway *g) {
   count(g, SY_CNT_DRAINED, n);
   return n;
 }
+#include "gateway_swap.h"
+
 static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
   m.asid = a->asid;
   switch (m.type) {
@@ -598,6 +625,20 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     }
     m.npages = mag_level(a, m.order);
     break;
+  case SY_MSG_PAGE_HINT:
+    if (m.npages != 1 || !owned(g, a, m.pfn, 1, IS(SY_FRAME_MAPPED))) return bad(g, a);
+    g->frames[m.pfn].flags &= (uint8_t)~SY_FF_AGED;
+    break;
+  case SY_MSG_SLOT_FREED:
+    for (uint32_t i = 0; i < m.npages; i++) {
+      if (!slot_is(g, a, m.arg + i)) return bad(g, a);
+      slot_free(g, (uint32_t)m.arg + i), a->swapped--;
+    }
+    break;
+  case SY_MSG_SLOT_MOVED:
+    if (!slot_is(g, a, m.arg) || m.vpage >= SY_ARENA_PAGES) return bad(g, a);
+    g->slot[m.arg].vpage = (uint32_t)m.vpage;
+    break;
   case SY_MSG_MM_FORK: count(g, SY_CNT_FORKS, 1); break;
   case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_MM_MADVISE: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
   default: bad(g, a); return;
@@ -629,7 +670,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
       uint64_t w = __atomic_load_n(&a->pte[i], __ATOMIC_ACQUIRE);
       int st = w & SY_PTE_STATE_MASK;
       uint64_t pfn = w >> SY_PTE_PFN_SHIFT;
-      if (!(st == SY_PTE_PRESENT || (st == SY_PTE_LOCKED && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || g->frames[pfn].asid != a->asid) continue;
+      if (!(st == SY_PTE_PRESENT || ((st == SY_PTE_LOCKED || st == SY_PTE_SWAPPED) && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || g->frames[pfn].asid != a->asid) continue;
       name_block(g, named, pfn, 1);
       int wrong = g->frames[pfn].state == SY_FRAME_GRANTED || (g->frames[pfn].state == SY_FRAME_MAPPED && g->frames[pfn].vpage != i);
       if (wrong && st == SY_PTE_PRESENT) map_frames(g, a, (uint32_t)pfn, 1, i); /* its PAGE_MAPPED or PAGE_MOVED was lost */
@@ -656,6 +697,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
       release_frames(g, a, f, n);
       event_frames(g, SY_MSG_PAGE_FREED, a->asid, f, n, 0);
     }
+    resync_slots(g, a);
     count(g, SY_CNT_RESYNCS, 1);
     free(a->suspect);
     a->suspect = NULL, a->suspects = 0, a->resync_pass = 0;
@@ -739,6 +781,7 @@ static void bury(struct sy_gateway *g, struct as *a) {
     pthread_mutex_unlock(&g->lock); /* let others in between runs */
     pthread_mutex_lock(&g->lock);
   }
+  bury_slots(g, a);
   for (uint32_t i = 0; i < g->nas; i++)
     if (g->as[i] == a) g->as[i] = g->as[--g->nas];
   count(g, SY_CNT_EXITED, 1);

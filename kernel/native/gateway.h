@@ -25,6 +25,8 @@ int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, i
 
 /* What happens when nothing is left: enum sy_oom. NATIVE until this is called. */
 void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
+/* Where pages go that leave RAM: a file made anew, readable by root only. Before sy_gw_start. 0 or -errno. */
+int sy_gw_set_swap(struct sy_gateway *gw, const char *path, uint64_t bytes);
 /* A user beside root whose programs may join; before sy_gw_start. 0, or -1: SY_MAX_USERS are admitted already. */
 int sy_gw_admit(struct sy_gateway *gw, uint32_t uid);
 /* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */

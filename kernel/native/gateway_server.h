@@ -328,6 +328,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
         memcpy(p->tids, a->tids, sizeof p->tids);
       } else {
         if (p->cmd_id) a->outstanding--;
+        if (p->op == SY_CMD_EVICT) evicted(g, (struct run){a->asid, (uint32_t)p->args[1], (uint32_t)p->args[2], p->nr, p->args[0]});
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
           int failed = r < 0 && r > -4096 && !too_late, go_on = too_late || (!failed && p->op == SY_CMD_RELEASE);
@@ -432,7 +433,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   }
   struct as *a = as_of_process(g, pid);
   if (ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &u.n.id)) return answer_notif(lc, u.n.id, 0, 0, 1); /* killed meanwhile: the number is anybody's */
-  if (a && release && !fits_machine(g, a->mapped * PS))
+  if (a && release && !fits_machine(g, (a->mapped + a->swapped) * PS))
     answer_notif(lc, u.n.id, 0, -ENOMEM, 0);
   else if (!a || command(g, a, release ? SY_CMD_RELEASE : SY_CMD_SYSCALL, nr, (const uint64_t *)u.n.data.args, lc, u.n.id)) {
     count(g, SY_CNT_CONTINUED, 1);
@@ -470,6 +471,11 @@ static void out_of_frames(struct sy_gateway *g) {
   event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = victim->asid, .npages = (uint32_t)victim->mapped, .arg = (uint64_t)victim->pid});
 }
 /* Answers a stub that waits for frames, if there are any, or if none is an answer. */
+static void poke(struct sy_gateway *g) {
+  uint64_t one = 1;
+  if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
+  }
+}
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
   int order = a->starving - 1, full = mag_level(a, order) >= SY_MAG_SLOTS; /* then it does not want for anything */
@@ -478,15 +484,20 @@ static void feed(struct sy_gateway *g, struct as *a) {
   for (int o = order; o >= 0 && !got; o--) got = mag_level(a, o); /* buddy was quicker */
   if (!got && drain_magazines(g)) got = refill(g, a, order);
   if (!got) {
-    if (!a->starved) count(g, SY_CNT_NO_FRAMES, 1);
-    a->starved = 1;
+    uint64_t now = now_ns();
+    if (!a->starved_ns) count(g, SY_CNT_NO_FRAMES, 1), a->starved_ns = now;
+    reclaim_some(g, 1024);
+    if (g->swapping && (now < g->swap_progress_ns + STORE_PATIENCE_NS || now < a->starved_ns + STORE_PATIENCE_NS)) { /* some are on their way */
+      pthread_mutex_unlock(&g->lock);
+      return;
+    }
     if (g->hdr->oom == SY_OOM_KILL) out_of_frames(g);
     else event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = a->asid, .npages = 1u << (a->starving - 1)});
   }
   pthread_mutex_unlock(&g->lock);
   if (!got && g->hdr->oom == SY_OOM_KILL) return; /* again in a moment */
   a->mag->no_frames = got == 0;
-  a->starving = a->starved = 0;
+  a->starving = 0, a->starved_ns = 0;
   __atomic_store_n(&a->mag->refill_seq, a->mag->refill_seq + 1, __ATOMIC_SEQ_CST);
   futex_wake_all(&a->mag->refill_seq);
 }
@@ -535,6 +546,8 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
     feed(g, a);
     break;
   case SY_REQ_CMD_DONE: finish_commands(g, a, 0); break;
+  case SY_REQ_SWAPIN: swap_in(g, a, &q); break;
+  case SY_REQ_FETCH: fetch(g, a, c->pid, &q); break;
   case SY_REQ_RELEASED:
     a->released = 1;
     event(g, (struct sy_msg){.type = SY_MSG_MM_RELEASE, .asid = a->asid, .arg = a->release_nr});
@@ -546,6 +559,19 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
+/* What is to leave: each stub is told. */
+static void send_evictions(struct sy_gateway *g) {
+  pthread_mutex_lock(&g->lock);
+  while (g->evict_tail != g->evict_head) {
+    struct run r = g->evict[g->evict_tail++ % EVICT_RING];
+    struct as *a = find_as(g, r.asid);
+    uint64_t args[6] = {r.vpage, r.pfn, r.n};
+    pthread_mutex_unlock(&g->lock);
+    if (a && !a->dying) command(g, a, SY_CMD_EVICT, (int)r.flag, args, NULL, 0);
+    pthread_mutex_lock(&g->lock);
+  }
+  pthread_mutex_unlock(&g->lock);
+}
 /* Address spaces whose service threads have ended: test, and test again, until the mm is gone; those that wait for frames: see whether there
  * are some now. Returns milliseconds to the next look. */
 static int test_dying(struct sy_gateway *g) {
@@ -568,6 +594,7 @@ static int test_dying(struct sy_gateway *g) {
     }
     if (!next || a->next_test_ns < next) next = a->next_test_ns;
   }
+  send_evictions(g);
   for (int i = 0; i < g->npend; i++)
     if (!g->pend[i].as) next = now + 1000000; /* threads that end */
   return next ? (int)((next - now) / 1000000) + 1 : -1;
@@ -582,7 +609,7 @@ static void poked(struct sy_gateway *g, struct conn *c) {
     int want = g->as[i]->want_release;
     g->as[i]->want_release = 0;
     pthread_mutex_unlock(&g->lock);
-    if (want && !g->as[i]->dying && fits_machine(g, g->as[i]->mapped * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
+    if (want && !g->as[i]->dying && fits_machine(g, (g->as[i]->mapped + g->as[i]->swapped) * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
   }
 }
 
@@ -632,12 +659,17 @@ static void *server_thread(void *arg) {
 }
 
 /* ---------------------------------------------------------------- transactions */
-static void poke(struct sy_gateway *g) {
-  uint64_t one = 1;
-  if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
-  }
-}
 void sy_gw_set_oom(struct sy_gateway *g, uint32_t oom) { g->hdr->oom = oom; }
+int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes) {
+  uint64_t slots = bytes / PS;
+  if (!slots || slots > 0x10000000) return -EINVAL;
+  g->swap_fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (g->swap_fd < 0) return -errno;
+  g->slot = calloc(slots, sizeof *g->slot), g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store);
+  if (!g->slot || !g->evict || !g->store || ftruncate(g->swap_fd, (off_t)(slots * PS))) return -ENOMEM;
+  g->hdr->slots = (uint32_t)slots;
+  return 0;
+}
 int sy_gw_admit(struct sy_gateway *g, uint32_t uid) {
   if (g->nusers == SY_MAX_USERS) return -1;
   g->user[g->nusers++] = uid;
@@ -654,7 +686,8 @@ int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
 static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: who may */
   switch (op) {
   case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_RECLAIM: case SY_OP_AGE: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_RECLAIM: case SY_OP_AGE: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_INVALID : SY_R_NOT_PERMITTED;
@@ -682,6 +715,8 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
     if (mag_level(a, op->order) >= SY_MAG_SLOTS) return SY_R_FULL;
   }
   if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
+  if (op->op == SY_OP_RECLAIM) return g->hdr->slots ? take_run(g, op->pfn, n, SY_FF_SWAPPING) : SY_R_FULL;
+  if (op->op == SY_OP_AGE) return take_run(g, op->pfn, n, SY_FF_AGED);
   if (op->op == SY_OP_RELEASE) {
     for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
       if (g->reserve[op->order][i] == op->pfn) {
@@ -722,6 +757,7 @@ int sy_gw_commit(struct sy_gateway *g, uint32_t component, struct sy_op *ops, in
     if (ops[i].result == SY_R_COMPLETE) done++;
     else count(g, SY_CNT_REFUSED, 1);
   }
+  if (component == SY_C_KSWAPD && done) poke(g);
   return done;
 }
 
@@ -734,7 +770,7 @@ int sy_gw_as_list(struct sy_gateway *g, struct sy_as_info *out, int max) {
     struct sy_as_info *o = &out[n];
     *o = (struct sy_as_info){.asid = a->asid, .pid = (uint32_t)a->pid, .state = (uint32_t)a->dying, .fault_order = a->mag->fault_order, .frames = a->frames,
                              .mapped = a->mapped, .native_pages = a->ctl->pages_native, .faults = a->ctl->faults, .urgent = a->urgent,
-                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages};
+                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped};
     for (int k = 0; k < 10; k++) o->mag_level[k] = mag_level(a, k);
   }
   pthread_mutex_unlock(&g->lock);
@@ -796,7 +832,7 @@ static void check_once(struct sy_gateway *g, struct report *r) {
   pthread_mutex_lock(&g->lock);
   for (uint32_t i = 0; i < g->nas; i++)
     drain_as(g, g->as[i], 2 * SY_CHANNEL_SLOTS); /* what was there; it may be filling as fast as it is read */
-  uint64_t states[SY_FRAME_STATES] = {0}, owned_total = 0, nfree = 0;
+  uint64_t states[SY_FRAME_STATES] = {0}, owned_total = 0, nfree = 0, slots = 0;
   uint8_t *seen = calloc(g->nframes, 1);
   if (!seen) {
     violation(r, doubt(0, 0, 0), "no memory to check\n");
@@ -810,12 +846,20 @@ static void check_once(struct sy_gateway *g, struct report *r) {
       if (g->frames[f].asid != a->asid) violation(r, doubt(1, f, g->frames[f].barrier), "frame %u is in the list of address space %u but belongs to %u\n", f, a->asid, g->frames[f].asid);
     if (k != a->frames) violation(r, doubt(2, a->asid, k), "address space %u counts %lu frames, its list has %lu\n", a->asid, a->frames, k);
     owned_total += k;
-    if (a->dying) continue; /* its page table is no longer kept */
+    if (a->dying) { /* its page table is no longer kept */
+      slots += a->swapped;
+      continue;
+    }
     for (uint32_t c = 0; c < SY_CHUNKS; c++) {
       if (!a->chunks[c]) continue;
       for (uint32_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p++) {
         uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
-        if ((w & SY_PTE_STATE_MASK) != SY_PTE_PRESENT) continue;
+        int st = w & SY_PTE_STATE_MASK;
+        if (st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME)) { /* here pfn is a slot */
+          if (!slot_is(g, a, pfn) || g->slot[pfn].vpage != p) violation(r, doubt(14, p, pfn), "page %u of address space %u names slot %lu, which is another page's\n", p, a->asid, pfn);
+          else slots++;
+        }
+        if (st != SY_PTE_PRESENT && !(st == SY_PTE_SWAPPED && w & SY_PTE_HASFRAME)) continue;
         if (pfn >= g->nframes) violation(r, doubt(3, p, pfn), "page %u of address space %u names frame %lu, there are %u\n", p, a->asid, pfn, g->nframes);
         else {
           struct sy_frame *f = &g->frames[pfn];
@@ -847,6 +891,7 @@ static void check_once(struct sy_gateway *g, struct report *r) {
     }
   }
   if (nfree != g->nfree || nfree != states[SY_FRAME_FREE]) violation(r, doubt(11, 0, 0), "%lu frames free in the map, %lu counted, %lu in the table\n", nfree, g->nfree, states[SY_FRAME_FREE]);
+  if (slots != g->hdr->slots_used) violation(r, doubt(15, 0, 0), "%lu slots are named by page-table words, %u are in use\n", slots, g->hdr->slots_used);
   if (owned_total != owned_states) violation(r, doubt(12, 0, 0), "%lu frames are in lists of address spaces, %lu are GRANTED or MAPPED\n", owned_total, owned_states);
   uint64_t reserved = 0;
   for (int o = 0; o <= SY_MAX_ORDER; o++) reserved += (uint64_t)g->nreserve[o] << o;
@@ -905,7 +950,8 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
   g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
-  g->lobby_end = &g->lobby;
+  g->lobby_end = &g->lobby, g->swap_fd = -1;
+  pthread_cond_init(&g->store_work, NULL);
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
   pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
   if (nodes < 1 || nodes > SY_MAX_NODES) FAIL("%u nodes wanted: 1 to %d are possible", nodes, SY_MAX_NODES);
@@ -931,6 +977,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   memcpy(g->low, low, sizeof low);
   for (uint32_t i = 0; i < nodes; i++) {
     uint64_t size = per * PS, huge = 2 << 20;
+    g->hdr->watermark[i] = (struct sy_watermarks){.min = (uint32_t)(per / 128), .low = (uint32_t)(per / 64), .high = (uint32_t)(per / 32)};
     g->node[i] = (struct sy_node){(uint32_t)(per * i), (uint32_t)per};
     g->hdr->node[i] = g->node[i];
     g->ram_fd[i] = make_memfd("sylvie-ram", size);
@@ -964,6 +1011,7 @@ int sy_gw_start(struct sy_gateway *g) {
   pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's main thread */
   if (!(r = pthread_create(&g->server, NULL, server_thread, g))) g->have_server = 1;
   if (!r && !(r = pthread_create(&g->drain, NULL, drain_thread, g))) g->have_drain = 1;
+  if (!r && g->hdr->slots && !(r = pthread_create(&g->storer, NULL, store_thread, g))) g->have_storer = 1;
   if (!r && !(r = pthread_create(&g->populate, NULL, populate_thread, g))) g->have_populate = 1;
   pthread_sigmask(SIG_SETMASK, &old, NULL);
   return -r;
@@ -975,6 +1023,10 @@ void sy_gw_stop(struct sy_gateway *g) {
   if (g->have_populate) pthread_join(g->populate, NULL);
   if (g->have_server) pthread_join(g->server, NULL);
   if (g->have_drain) pthread_join(g->drain, NULL);
+  pthread_mutex_lock(&g->lock);
+  pthread_cond_signal(&g->store_work);
+  pthread_mutex_unlock(&g->lock);
+  if (g->have_storer) pthread_join(g->storer, NULL);
   if (g->sock_path[0]) unlink(g->sock_path);
   /* What is left (mappings, descriptors of clients) goes with the process, which ends now: programs see the socket hang up. */
   if (g->listen_fd >= 0) close(g->listen_fd);

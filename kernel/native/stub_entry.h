@@ -1,4 +1,4 @@
-/* stub, part 5: how programs come in — the patched system call sites of libc, exec, and the start. */
+/* stub, part 6: how programs come in — the patched system call sites of libc, exec, and the start. */
 
 /* ---------------------------------------------------------------- joining */
 static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t flags) {

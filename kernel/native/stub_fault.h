@@ -179,6 +179,8 @@ static void first_touch(int me, uint64_t p, int write) {
   wake(first, use);
 }
 
+#include "stub_swap.h"
+
 static void fault(int me, uint64_t addr, uint64_t flags) {
   uint64_t p = PAGE(addr);
   if (p >= SY_ARENA_PAGES) return;
@@ -187,6 +189,7 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
     word_t w = LOAD(chunks[p / SY_CHUNK_PAGES]) ? LOAD(pte[p]) : 0;
     switch (w & SY_PTE_STATE_MASK) {
     case SY_PTE_NONE: first_touch(me, p, (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0); return;
+    case SY_PTE_SWAPPED: swap_in(me, p, (flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP)) != 0); return;
     case SY_PTE_LOCKED:
       if (CAS(pte[p], &w, w | SY_PTE_CONTENDED)) return;
       continue;
@@ -300,6 +303,11 @@ static void run_command(const volatile struct sy_cmd *c) {
     while (!trylock())
       if (!serve_request()) nap(20);
     r = emulate(c->nr, a);
+    unlock();
+  } else if (c->op == SY_CMD_EVICT) {
+    while (!trylock())
+      if (!serve_request()) nap(20);
+    r = mode == MANAGED ? evict_for_store((uint64_t)a[0], (uint64_t)a[1], (uint64_t)a[2]) : 0;
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;

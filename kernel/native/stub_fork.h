@@ -1,4 +1,4 @@
-/* stub, part 4: fork. Done at the system call itself, in the forking thread, whatever called it.
+/* stub, part 5: fork. Done at the system call itself, in the forking thread, whatever called it.
  *
  * The child gets a copy of every page, in memory of the kernel's own, made by itself before it returns into the program; the parent
  * waits, and all writes of its other threads are parked by write protection until the copy is done, so the child's view is of one
@@ -83,13 +83,15 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
     int odd = 0, kind = SY_PTE_NONE;
     for (; i + k < end && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]); k++) {
       word_t w = LOAD(pte[i + k]), st = w & SY_PTE_STATE_MASK;
-      if ((st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) || (releasing && k && (int)st != kind)) break;
+      if ((st != SY_PTE_PRESENT && st != SY_PTE_NATIVE && st != SY_PTE_SWAPPED) || (k && (int)st != kind && (releasing || st == SY_PTE_SWAPPED || kind == SY_PTE_SWAPPED))) break;
       odd |= (w & W_KPROT) != 0, kind = (int)st;
     }
     if (k && releasing && kind == SY_PTE_PRESENT) {
       long r = copy_frames((char *)t + (i - p) * PS, i, k);
       if (r < 0) return SYS(__NR_munmap, t, n * PS, 0, 0, 0), r;
-    } else if (k) {
+    } else if (k && kind == SY_PTE_SWAPPED)
+      memcpy((char *)t + (i - p) * PS, back + i * PS, k * PS);
+    else if (k) {
       if (odd && !(A_PROT(a) & PROT_READ)) SYS(__NR_mprotect, VA(i), k * PS, PROT_READ, 0, 0);
       memcpy((char *)t + (i - p) * PS, (void *)VA(i), k * PS);
     }
@@ -156,6 +158,7 @@ static long do_clone(struct fork_args *f) {
   if (pid) return pid;
   if (f->managed) {
     long r = settle();
+    back_done();
     STORE(ctl->fork_done, r ? 2 : 1);
     futex_wake(&ctl->fork_done, 1);
     if (r) {
@@ -199,8 +202,15 @@ static long fork_on_stack(struct fork_args *f) {
   for (int i = 0; i < SY_SERVICE_THREADS; i++)
     while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
   int off = 0, on = 1;
+  long pid = ctl->pages_swapped ? by_command_thread(bring_back, 0) : 0;
+  if (pid < 0) {
+    back_done();
+    __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
+    by_command_thread(protect_request, &off);
+    return -ENOMEM;
+  }
   if (!is_single_threaded()) by_command_thread(protect_request, &on);
-  long pid = do_clone(f);
+  pid = do_clone(f);
   if (pid == 0) return 0; /* the child */
   if (pid > 0) {
     while (!LOAD(ctl->fork_done)) {
@@ -209,6 +219,7 @@ static long fork_on_stack(struct fork_args *f) {
     }
     post(SY_MSG_MM_FORK, 0, 0, 0, 0, (uint64_t)pid, 0);
   }
+  back_done();
   __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);
   by_command_thread(protect_request, &off);
   if (pid > 0 && IN_ARENA(f->ptid) && (f->flags & (CLONE_PARENT_SETTID | CLONE_PIDFD))) *(int *)f->ptid = f->tid;
@@ -267,7 +278,9 @@ static long release_all(void) {
   protect_request(&on);
   while (kept_count) drop_kept(0);
   releasing = 1;
-  long r = settle();
+  long r = ctl->pages_swapped ? bring_back(0) : 0;
+  if (!r) r = settle();
+  back_done();
   releasing = 0;
   wake_waiters();
   if (!r) {

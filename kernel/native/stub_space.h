@@ -9,13 +9,15 @@ static uint32_t node_of(uint32_t pfn) {
 static int is_native(uint64_t p) { return p < SY_BRK_PAGES ? p < brk_floor : p < mmap_floor; }
 static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
 
+static word_t locked(word_t w) {
+  return (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
+}
 /* Locks a page's word; returns it as it was. */
 static word_t word_lock(uint64_t p) {
   for (int spin = 0;;) {
     word_t w = LOAD(pte[p]);
     if ((w & SY_PTE_STATE_MASK) != SY_PTE_LOCKED) {
-      word_t l = (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
-      if (CAS(pte[p], &w, l)) return w;
+      if (CAS(pte[p], &w, locked(w))) return w;
     } else if (++spin > 20)
       nap(50);
     else
@@ -30,7 +32,7 @@ static long wake_request(void *arg) {
   return 0;
 }
 static void word_unlock(uint64_t p, word_t w) {
-  word_t old = __atomic_exchange_n(&pte[p], w & ~(word_t)(SY_PTE_CONTENDED | SY_PTE_HASFRAME), __ATOMIC_SEQ_CST);
+  word_t old = __atomic_exchange_n(&pte[p], w & ~(word_t)(SY_PTE_CONTENDED | ((w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED ? 0 : SY_PTE_HASFRAME)), __ATOMIC_SEQ_CST);
   if (old & SY_PTE_CONTENDED) by_command_thread(wake_request, (uint64_t[]){p, 1});
 }
 
@@ -96,10 +98,9 @@ static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
     while (i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
       if ((int)(x & SY_PTE_STATE_MASK) != st) break;
-      if (st == SY_PTE_PRESENT && (x >> SY_PTE_PFN_SHIFT) != (w >> SY_PTE_PFN_SHIFT) + k) break;
-      if ((x ^ w) & W_KPROT) break;
-      word_t l = (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | (st == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
-      if (!CAS(pte[i + k], &x, l)) break;
+      if (st != SY_PTE_NATIVE && (x >> SY_PTE_PFN_SHIFT) != (w >> SY_PTE_PFN_SHIFT) + k) break;
+      if ((x ^ w) & (W_KPROT | (st == SY_PTE_SWAPPED ? SY_PTE_HASFRAME : 0))) break;
+      if (!CAS(pte[i + k], &x, locked(x))) break;
       k++;
     }
     if (st == SY_PTE_NATIVE) {
@@ -119,6 +120,12 @@ static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
         still += found[j] & 1;
       }
       __atomic_fetch_sub(&ctl->pages_native, k - still, __ATOMIC_RELAXED);
+    } else if (st == SY_PTE_SWAPPED) { /* nothing is mapped */
+      if ((w & W_KPROT) && !mapped_over) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
+      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | (mapped_over ? 0 : SY_PTE_STALE));
+      __atomic_fetch_sub(&ctl->pages_swapped, k, __ATOMIC_RELAXED);
+      if (w & SY_PTE_HASFRAME) post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
+      else post(SY_MSG_SLOT_FREED, i, SY_NO_FRAME, k, 0, w >> SY_PTE_PFN_SHIFT, 0);
     } else {
       if (mapped_over) {
         for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE);
@@ -150,14 +157,13 @@ static long set_kernel_prot(uint64_t p, uint64_t n, int prot) {
     }
     word_t w = word_lock(i);
     int st = w & SY_PTE_STATE_MASK;
-    int want = st == SY_PTE_NONE ? RW : prot;
+    int want = st == SY_PTE_NONE || st == SY_PTE_SWAPPED ? RW : prot; /* (what comes back is mapped with the protection that it has then) */
     uint64_t k = 1;
     int odd = (w & W_KPROT) != 0; /* anything that has to be done at all? */
     while (i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
       if ((int)(x & SY_PTE_STATE_MASK) != st) break;
-      word_t l = (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | (st == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
-      if (!CAS(pte[i + k], &x, l)) break;
+      if (!CAS(pte[i + k], &x, locked(x))) break;
       odd |= (x & W_KPROT) != 0;
       k++;
     }
@@ -301,7 +307,7 @@ static int keep(uint64_t p, uint64_t n) {
     if (attr[i] != A_OF(RW)) return 0;
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) {
     word_t w = LOAD(pte[i]);
-    if (w & SY_PTE_MLOCKED) return 0;
+    if ((w & SY_PTE_MLOCKED) || (w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED) return 0;
     some |= (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT;
   }
   if (!some) return 0; /* nothing in it: unmapping costs nothing */
@@ -344,6 +350,7 @@ static uint64_t reuse(uint64_t n) {
       uint64_t k = 0;
       for (int st; q + k < end; k++) {
         while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) yield(); /* a fault thread gives back its neighbours */
+        if (st == SY_PTE_SWAPPED) evict(q + k, 1);
         if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
       }
       if (k) memset((void *)VA(q), 0, k * PS);
@@ -434,7 +441,7 @@ static int eligible(long prot, long flags) {
 
 /* Linux's heuristic overcommit (mm/util.c): one mapping that could never be backed is refused. Not where what does not fit goes native. */
 static int too_much(uint64_t pages, long prot, long flags) {
-  return hdr->oom == SY_OOM_KILL && pages > hdr->frames && (prot & PROT_WRITE) && !(flags & MAP_NORESERVE);
+  return hdr->oom == SY_OOM_KILL && pages > (uint64_t)hdr->frames + hdr->slots && (prot & PROT_WRITE) && !(flags & MAP_NORESERVE);
 }
 static long do_mmap(long *a) {
   uintptr_t addr = (uintptr_t)a[0];
@@ -579,6 +586,20 @@ static long move_request(void *arg) {
       word_unlock(i, w);
       i++;
       continue;
+    }
+    if (st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME)) { /* its slot goes along */
+      STORE(chunks[j / SY_CHUNK_PAGES], 1);
+      STORE(pte[j], w & ~(word_t)(SY_PTE_CONTENDED | SY_PTE_STALE | W_KPROT));
+      post(SY_MSG_SLOT_MOVED, j, SY_NO_FRAME, 1, 0, w >> SY_PTE_PFN_SHIFT, 0);
+      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
+      word_unlock(i, SY_PTE_NONE | SY_PTE_STALE);
+      i++;
+      continue;
+    }
+    if (st == SY_PTE_SWAPPED) { /* its frame still has the content: as if it had stayed */
+      __atomic_fetch_sub(&ctl->pages_swapped, 1, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&ctl->pages_mapped, 1, __ATOMIC_RELAXED);
+      st = SY_PTE_PRESENT, w &= ~(word_t)SY_PTE_HASFRAME;
     }
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
@@ -760,7 +781,10 @@ static long do_mincore(uintptr_t addr, uint64_t size, uint8_t *vec) {
   if (!all_mapped(p, n)) return -ENOMEM;
   for (uint64_t i = 0, k; i < n; i += k) {
     k = n - i < sizeof found ? n - i : sizeof found;
-    for (uint64_t j = 0; j < k; j++) found[j] = LOAD(chunks[(p + i + j) / SY_CHUNK_PAGES]) && (LOAD(pte[p + i + j]) & SY_PTE_STATE_MASK) != SY_PTE_NONE;
+    for (uint64_t j = 0; j < k; j++) {
+      int st = LOAD(chunks[(p + i + j) / SY_CHUNK_PAGES]) ? (int)(LOAD(pte[p + i + j]) & SY_PTE_STATE_MASK) : SY_PTE_NONE;
+      found[j] = st != SY_PTE_NONE && st != SY_PTE_SWAPPED;
+    }
     if (copy_out(vec + i, found, k)) return -EFAULT;
   }
   return 0;

@@ -19,6 +19,7 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -33,6 +34,7 @@ static int fz_sched(int pid, int policy, const void *p) { return (void)pid, (voi
 #define readlink fz_readlink
 #define pthread_mutex_unlock fz_unlock
 #define sched_setscheduler fz_sched
+#define process_vm_writev(pid, here, n, there, m, flags) ((void)(pid), (void)(there), (ssize_t)(here)->iov_len)
 #define usleep(us) (fz_now += (us) * 1000ull)
 static uint64_t fz_now = 1000000000ull;
 /* check looks at everything after every input, and takes no decision of interest: not followed, or it would cost nine tenths of the time */
@@ -47,6 +49,7 @@ static void check_once(struct sy_gateway *g, struct report *r) DULL;
 #undef readlink
 #undef pthread_mutex_unlock
 #undef sched_setscheduler
+#undef process_vm_writev
 #undef usleep
 
 #define FRAMES 4096u
@@ -77,7 +80,7 @@ static struct peer { int sock, uffd, listener; uint32_t asid; } peer[4];
 static struct { uint64_t id; uint32_t pid, nr; uint64_t arg; } notif[8];
 static int nnotif;
 static uint64_t notif_id;
-enum { SERVER = 1, DRAIN = 2, PYTHON = 4 };
+enum { SERVER = 1, DRAIN = 2, PYTHON = 4, STORER = 8 };
 static int busy;                        /* whose code is running: the others may run where it lets the lock go */
 static int hook_in, hook_what;          /* in that many unlocks, that happens */
 static uint32_t tail_seen[MAX_AS][10], tail_asid[MAX_AS];
@@ -240,7 +243,7 @@ static void commit(void) {
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
     if (op[i].pfn < FRAMES) last_barrier = G->frames[op[i].pfn].barrier;
   }
-  uint32_t who = aimed & 0xc0 ? SY_C_BUDDY : (uint32_t)(aimed >> 2);
+  uint32_t who = aimed & 0x80 ? SY_C_BUDDY : aimed & 0x40 ? SY_C_KSWAPD : (uint32_t)(aimed >> 2);
   busy |= PYTHON;
   int done = sy_gw_commit(G, who, op, n);
   busy &= ~PYTHON;
@@ -258,11 +261,13 @@ static void scribble(struct as *a, int what) {
   case 0: case 1: case 2: case 3: case 4: { /* the channel's protocol, fields as they come */
     uint64_t h = a->chan->head;
     s = &a->chan->slots[h % SY_CHANNEL_SLOTS];
-    static const uint8_t type[] = {SY_MSG_PAGE_MAPPED, SY_MSG_PAGE_FREED, SY_MSG_PAGE_MOVED, SY_MSG_MAGAZINE_LOW, SY_MSG_MM_FORK, SY_MSG_MM_MMAP, SY_MSG_PAGE_FAULT};
+    static const uint8_t type[] = {SY_MSG_PAGE_MAPPED, SY_MSG_PAGE_FREED, SY_MSG_PAGE_MOVED, SY_MSG_MAGAZINE_LOW, SY_MSG_MM_FORK, SY_MSG_MM_MMAP, SY_MSG_PAGE_FAULT,
+                                   SY_MSG_PAGE_HINT, SY_MSG_SLOT_FREED, SY_MSG_SLOT_MOVED};
     uint64_t b = take(1);
     s->msg.type = b < 0xe0 ? type[b % sizeof type] : (uint16_t)take(2);
     s->msg.length = (uint16_t)number(), s->msg.seqnum = (uint32_t)number(), s->msg.asid = (uint32_t)number();
     s->msg.pfn = a_pfn(a), s->msg.vpage = number(), s->msg.npages = (uint32_t)number(), s->msg.order = (uint16_t)number(), s->msg.node = (uint16_t)number();
+    if (s->msg.type == SY_MSG_SLOT_FREED || s->msg.type == SY_MSG_SLOT_MOVED) s->msg.arg = number();
     s->turn = h + 1, a->chan->head = h + 1;
     break;
   }
@@ -301,6 +306,30 @@ static void scribble(struct as *a, int what) {
   case 15: a->ctl->done[take(1) % SY_CMD_SLOTS] = (struct sy_cmd_done){take(1) % 4 ? a->cmd_id - take(1) % 4 : number(), (int64_t)number()}; break;
   }
 }
+/* A stub that does what it is told, or says so; and the thread that stores. */
+static void run_storer(void) {
+  if (busy & STORER) return;
+  busy |= STORER;
+  for (uint32_t i = 0; i < G->nas; i++) {
+    struct as *a = G->as[i];
+    if (a == honest) continue;
+    for (uint64_t id = a->cmd_id > SY_CMD_SLOTS ? a->cmd_id - SY_CMD_SLOTS + 1 : 1; id <= a->cmd_id; id++) {
+      const struct sy_cmd *c = NULL;
+      for (int k = 0; k < SY_CMD_SLOTS && !c; k++)
+        if (a->mag->cmd[k].id == id) c = &a->mag->cmd[k];
+      if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
+      for (uint64_t k = 0; k < c->args[2] && c->args[0] + k < SY_ARENA_PAGES; k++) {
+        a->chunks[(c->args[0] + k) / SY_CHUNK_PAGES] = 1;
+        a->pte[c->args[0] + k] = (c->args[1] + k) << SY_PTE_PFN_SHIFT | SY_PTE_SWAPPED | SY_PTE_HASFRAME;
+      }
+      a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, 0};
+    }
+  }
+  pthread_mutex_lock(&G->lock);
+  store_next(G);
+  fz_unlock(&G->lock);
+  busy &= ~STORER;
+}
 static void step(int what) {
   uint64_t b = take(1);
   struct peer *p = &peer[b % 4];
@@ -330,7 +359,7 @@ static void step(int what) {
     break;
   }
   case 4: case 5: { /* a request */
-    struct sy_request q = {(uint32_t)(b >> 2) % 5, (uint32_t)number(), number(), {(uint32_t)getpid(), (uint32_t)number(), (uint32_t)number(), 0}};
+    struct sy_request q = {(uint32_t)(b >> 2) % 8, (uint32_t)number(), number(), {(uint32_t)getpid(), (uint32_t)number(), (uint32_t)number(), 0}};
     say(p, &q, b >> 5 == 7 ? take(1) % sizeof q : sizeof q, NULL, 0);
     break;
   }
@@ -351,6 +380,7 @@ static void step(int what) {
   case 11: case 12: run_drain(); break;
   case 13: fz_now += b * b * 1000000ull; break;
   case 14: case 15: commit(); break;
+  case 24: run_storer(); break;
   case 16: hook_in = (int)(b % 16), hook_what = (int)take(1) % 16; break; /* in between, where the lock is let go */
   case 17: {
     uint32_t t[SY_MAX_ORDER + 1];
@@ -393,10 +423,20 @@ static DULL void tables_are_sound(void) {
   /* What a liar's page table says is its own affair; the other rules are about the gateway's tables. */
   for (size_t i = 0; i < r.nseen; i++) {
     int rule = (int)(doubts[i] >> 60);
-    MUST(rule == 3 || rule == 4 || rule == 5 || rule == 10, "rule %d of check, object %lu", rule, (unsigned long)(doubts[i] >> 32 & 0xfffffff));
+    MUST(rule == 3 || rule == 4 || rule == 5 || rule == 10 || rule == 14 || rule == 15, "rule %d of check, object %lu", rule, (unsigned long)(doubts[i] >> 32 & 0xfffffff));
   }
+  uint64_t used = 0, marked = 0;
+  for (uint32_t s = 0; s < G->hdr->slots; s++) {
+    MUST(G->slot[s].asid != BUSY, "slot %u is left busy", s);
+    used += G->slot[s].asid != 0;
+  }
+  MUST(used == G->hdr->slots_used, "%u slots are counted, %lu are used", G->hdr->slots_used, used);
+  for (uint32_t f = 0; f < FRAMES; f++) marked += (G->frames[f].flags & SY_FF_SWAPPING) != 0;
+  MUST(marked == G->swapping, "%lu frames on their way are counted, %lu are marked", G->swapping, marked);
   for (uint32_t i = 0; i < G->nas; i++) {
-    uint64_t mapped = 0;
+    uint64_t mapped = 0, slots = 0;
+    for (uint32_t s = 0; s < G->hdr->slots; s++) slots += G->slot[s].asid == G->as[i]->asid;
+    MUST(slots == G->as[i]->swapped, "address space %u counts %lu slots, %lu are", G->as[i]->asid, G->as[i]->swapped, slots);
     for (uint32_t f = G->as[i]->list; f != NONE; f = G->fnext[f]) mapped += G->frames[f].state == SY_FRAME_MAPPED;
     MUST(mapped == G->as[i]->mapped, "address space %u counts %lu mapped, %lu are", G->as[i]->asid, G->as[i]->mapped, mapped);
   }
@@ -450,6 +490,9 @@ static void bury_all(void) {
   /* The honest one's stub is not played as far as commands go: what was sent to it stays, and nobody waits for it. */
   for (int i = 0; i < G->npend; i++) MUST(G->pend[i].as == honest && !G->pend[i].listener, "commands wait for the dead");
   G->npend = 0, honest->outstanding = 0;
+  for (uint32_t k = 0; k < 16; k++) G->frames[honest_pfn + k].flags = 0;
+  G->swapping = 0, G->store_tail = G->store_head;
+  MUST(!G->hdr->slots_used, "%u slots leaked", G->hdr->slots_used);
   for (int o = 0; o <= SY_MAX_ORDER; o++)
     while (G->nreserve[o]) {
       struct sy_op op = {.op = SY_OP_RELEASE, .order = (uint16_t)o, .pfn = G->reserve[o][0], .barrier = G->frames[G->reserve[o][0]].barrier};
@@ -467,6 +510,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   __lsan_disable(); /* what lives as long as the gateway, some of it known to epoll only */
   G = sy_gw_new(dir, FRAMES * PS, 2, err, sizeof err);
   MUST(G, "%s", err);
+  snprintf(err, sizeof err, "%s/swap", dir);
+  MUST(!sy_gw_set_swap(G, err, 256 * PS), "no swap file");
   for (uint32_t f = 0; f < FRAMES; f += CHUNK_FRAMES) populate_chunk(G, G->frames[f].node, f, -1);
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
@@ -486,6 +531,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   uint64_t fds = open_fds();
   in = data, left = size;
   chunks_set = 0, hook_in = 0, last_pfn = last_barrier = 0;
+  G->slot_hint = G->clock_hand = G->swapped_out = 0;
   G->hint = 0, G->next_asid = honest->asid; /* the same input, the same frames and names */
   memset(tail_asid, 0, sizeof tail_asid);
   for (int steps = 0; left && steps < 400; steps++) {

@@ -1,0 +1,64 @@
+"""Linux's active and inactive lists with refault distance (mm/vmscan.c, mm/workingset.c).
+
+A page begins on the inactive list. Touched there (PAGE_HINT: the list's tail has no accessed bit, by AGE) it moves to the active one;
+so does a page that comes back from the store within a refault distance of what the active list holds: had the inactive list been
+longer by that much, it would not have left. Pages leave from the inactive list's tail; when that list is the shorter one, the
+active list's oldest move over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.kswapd.reclaim import MAPPED, ReclaimPolicy, oldest
+from kernel.abi import lib
+
+AHEAD = 2  # frames without an accessed bit at the tail, per frame that is to leave
+
+
+class Policy(ReclaimPolicy):
+    """two_list. ``active``: per frame, on which list it is; ``stamp``: its place there."""
+
+    def rebuild(self) -> None:
+        super().rebuild()
+        self.active = np.zeros(len(self.frames), np.bool_)
+
+    def arrived(self, pfns: NDArray[np.int64]) -> None:
+        super().arrived(pfns)
+        self.active[pfns] = False
+
+    def page_hint(self, events: NDArray[np.void]) -> None:
+        self._activate(events["pfn"].astype(np.int64))
+
+    def page_refault(self, events: NDArray[np.void]) -> None:
+        super().page_refault(events)
+        near = events["arg"] <= np.count_nonzero(self.active & (self.frames["state"] == MAPPED))
+        self._activate(events["pfn"][near].astype(np.int64))
+
+    def _activate(self, pfns: NDArray[np.int64]) -> None:
+        super().arrived(pfns)
+        self.active[pfns] = True
+
+    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        active = self.active[candidates]
+        inactive, hot = candidates[~active], candidates[active]
+        if len(inactive) < len(hot):
+            moved = oldest(self.stamp, hot, AHEAD * count)
+            self.active[moved] = False
+            super().arrived(moved)
+            inactive = np.concatenate([inactive, moved])
+        tail = oldest(self.stamp, inactive, AHEAD * count + count)
+        aged = self.frames["flags"][tail] & lib.SY_FF_AGED != 0
+        self.txn.add(lib.SY_OP_AGE, np.sort(tail[~aged]), 0)
+        leaving = oldest(self.stamp, tail[aged], count)
+        # None has lost its bit yet: wait for it, unless memory is really short.
+        mark = self.header.watermark[0]
+        return leaving if len(leaving) or mark.free > mark.min else oldest(self.stamp, tail, count)
+
+    def dump(self) -> dict[str, Any]:
+        mapped = self.frames["state"] == MAPPED
+        active = int(np.count_nonzero(mapped & self.active))
+        return super().dump() | {"active": active, "inactive": int(np.count_nonzero(mapped)) - active}

@@ -1,0 +1,216 @@
+/* gateway, part: pages that leave for the store and come back; see stub_swap.h for the protocol of a page's word.
+ *
+ * Three threads: the server sends EVICT and serves swap-ins; the store thread writes what was taken away; both, and commits from Python, hold
+ * the lock for tables, and never for I/O. A slot that is being read or written belongs to BUSY meanwhile, so nobody frees or gives it. */
+#define BUSY 0xffffffffu
+#define STORE_PATIENCE_NS 2000000000ull /* who waits for frames waits so long for the next page to leave, before the OOM rule applies */
+
+static uint64_t slots_free(struct sy_gateway *g) { return g->hdr->slots - g->hdr->slots_used; }
+/* A free slot, BUSY; NONE = the store is full. */
+static uint32_t slot_take(struct sy_gateway *g) {
+  for (uint32_t k = 0; slots_free(g) && k < g->hdr->slots; k++) {
+    uint32_t s = g->slot_hint++ % g->hdr->slots;
+    if (g->slot[s].asid) continue;
+    g->slot[s] = (struct slot){.asid = BUSY};
+    g->hdr->slots_used++;
+    return s;
+  }
+  return NONE;
+}
+static void slot_free(struct sy_gateway *g, uint32_t s) {
+  g->slot[s].asid = 0;
+  g->hdr->slots_used--;
+}
+static int slot_is(struct sy_gateway *g, struct as *a, uint64_t s) { return s < g->hdr->slots && g->slot[s].asid == a->asid; }
+/* The store itself: a page that repeats one word is that word, others go to the file. 0 or an errno. */
+static int store_put(struct sy_gateway *g, uint32_t s, const void *page) {
+  const uint64_t *w = page;
+  int same = 1;
+  for (int i = 1; i < 512 && same; i++) same = w[i] == w[0];
+  g->slot[s].same = same, g->slot[s].fill = w[0];
+  if (same) return 0;
+  ssize_t r = pwrite(g->swap_fd, page, PS, (off_t)s * PS);
+  return r == PS ? 0 : r < 0 ? errno : ENOSPC;
+}
+static int store_get(struct sy_gateway *g, uint32_t s, void *page) {
+  if (g->slot[s].same) {
+    uint64_t *w = page;
+    for (int i = 0; i < 512; i++) w[i] = g->slot[s].fill;
+    return 0;
+  }
+  ssize_t r = pread(g->swap_fd, page, PS, (off_t)s * PS);
+  return r == PS ? 0 : r < 0 ? errno : EIO;
+}
+
+/* ---------------------------------------------------------------- out */
+/* Frames [pfn, pfn + n), MAPPED one after the other, are to leave (flag SWAPPING), or to be taken away so that a touch shows (AGED). Under lock. */
+static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t flag) {
+  struct sy_frame *f = &g->frames[pfn];
+  struct as *a = f->state == SY_FRAME_MAPPED ? find_as(g, f->asid) : NULL;
+  if (!a || a->dying || a->released) return SY_R_STALE;
+  for (uint32_t i = 0; i < n; i++)
+    if (f[i].state != SY_FRAME_MAPPED || f[i].asid != f->asid || f[i].vpage != f->vpage + i || f[i].flags & (SY_FF_SWAPPING | flag) ||
+        a->pte[f[i].vpage] & SY_PTE_MLOCKED)
+      return SY_R_STALE;
+  if (flag == SY_FF_SWAPPING && slots_free(g) < g->swapping + n) return SY_R_FULL;
+  if (g->evict_head - g->evict_tail == EVICT_RING || g->store_head - g->store_tail > EVICT_RING / 2) return SY_R_BUSY;
+  for (uint32_t i = 0; i < n; i++) f[i].flags |= flag;
+  if (flag == SY_FF_SWAPPING) {
+    if (!g->swapping) g->swap_progress_ns = now_ns();
+    g->swapping += n;
+  }
+  struct run *last = g->evict_head != g->evict_tail ? &g->evict[(g->evict_head - 1) % EVICT_RING] : NULL;
+  if (last && last->asid == a->asid && last->flag == flag && last->pfn + last->n == pfn && last->vpage + last->n == f->vpage && last->n + n <= SY_CHUNK_PAGES)
+    last->n += n; /* one command for both */
+  else
+    g->evict[g->evict_head++ % EVICT_RING] = (struct run){a->asid, pfn, n, flag, f->vpage};
+  return SY_R_COMPLETE;
+}
+/* By ourselves, when nobody else has: round and round over the frames, oldest look first. Frames on their way (under lock). */
+static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
+  uint64_t got = 0;
+  if (!g->hdr->slots) return 0;
+  if (g->swapping >= want && now_ns() < g->swap_progress_ns + 200000000ull) return g->swapping;
+  for (uint32_t k = 0; k < g->nframes && got < want;) {
+    uint32_t f = g->clock_hand, n = 1;
+    const struct sy_frame *p = &g->frames[f];
+    if (p->state == SY_FRAME_MAPPED && !(p->flags & SY_FF_SWAPPING)) {
+      while (n < 64 && f + n < g->nframes && p[n].state == SY_FRAME_MAPPED && p[n].asid == p->asid && p[n].vpage == p->vpage + n && !(p[n].flags & SY_FF_SWAPPING)) n++;
+      while (n && take_run(g, f, n, SY_FF_SWAPPING) != SY_R_COMPLETE) n /= 2;
+      got += n;
+      n += !n;
+    }
+    k += n, g->clock_hand = f + n < g->nframes ? f + n : 0;
+  }
+  count(g, SY_CNT_EVICTED_BY_GATEWAY, got);
+  return got;
+}
+/* Server thread: what has been taken away goes to the store thread. */
+static void evicted(struct sy_gateway *g, struct run r) {
+  if (r.flag == SY_FF_AGED) return;
+  pthread_mutex_lock(&g->lock);
+  g->store[g->store_head++ % EVICT_RING] = r;
+  pthread_cond_signal(&g->store_work);
+  pthread_mutex_unlock(&g->lock);
+}
+/* One page, whose word is SWAPPED with HASFRAME, or was until somebody touched it. Under lock, which is dropped for the write. */
+static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64_t vpage) {
+  struct as *a = find_as(g, asid);
+  struct sy_frame *f = &g->frames[pfn];
+  uint32_t barrier = f->barrier, slot;
+  if (!a || f->asid != asid || f->state != SY_FRAME_MAPPED || f->vpage != vpage || !(f->flags & SY_FF_SWAPPING)) return; /* it has gone by itself */
+  uint64_t w = __atomic_load_n(&a->pte[vpage], __ATOMIC_ACQUIRE), in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
+  int there = (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && w >> SY_PTE_PFN_SHIFT == pfn;
+  int error = 0;
+  if (there && !a->dying && (slot = slot_take(g)) != NONE) {
+    pthread_mutex_unlock(&g->lock);
+    error = store_put(g, slot, frame_mem(g, pfn));
+    pthread_mutex_lock(&g->lock);
+    a = find_as(g, asid);
+    uint64_t to = (w & ((1 << SY_PTE_PFN_SHIFT) - 1) & ~(uint64_t)SY_PTE_HASFRAME) | (uint64_t)slot << SY_PTE_PFN_SHIFT;
+    /* Not since our look: a frame that went and came back has another barrier, one that was only touched another word. */
+    if (!error && a && !a->dying && f->barrier == barrier && __atomic_compare_exchange_n(&a->pte[vpage], &w, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+      g->slot[slot].asid = asid, g->slot[slot].vpage = (uint32_t)vpage, g->slot[slot].out = g->swapped_out++;
+      a->swapped++;
+      count(g, SY_CNT_SWAPPED_OUT, 1);
+      g->swap_progress_ns = now_ns();
+      event(g, (struct sy_msg){.type = SY_MSG_PAGE_SWAPPED, .asid = asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = f->node, .arg = slot});
+      release_frames(g, a, pfn, 1);
+      event_frames(g, SY_MSG_PAGE_FREED, asid, pfn, 1, 0);
+      return;
+    }
+    slot_free(g, slot);
+  }
+  count(g, error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
+  if (f->barrier == barrier && f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--;
+}
+/* The next run of those taken away, under lock. 0: there is none. */
+static int store_next(struct sy_gateway *g) {
+  if (g->store_head == g->store_tail) return 0;
+  struct run r = g->store[g->store_tail++ % EVICT_RING];
+  for (uint32_t i = 0; i < r.n; i++) store_page(g, r.asid, r.pfn + i, r.vpage + i);
+  return 1;
+}
+static void *store_thread(void *arg) {
+  struct sy_gateway *g = arg;
+  pthread_mutex_lock(&g->lock);
+  while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE))
+    if (!store_next(g)) pthread_cond_wait(&g->store_work, &g->lock);
+  pthread_mutex_unlock(&g->lock);
+  return NULL;
+}
+
+/* ---------------------------------------------------------------- in (server thread) */
+static void answer_store(struct as *a, uint32_t waiter, int error) {
+  a->mag->store_error[waiter] = (uint32_t)error;
+  __atomic_store_n(&a->mag->store_seq[waiter], a->mag->store_seq[waiter] + 1, __ATOMIC_SEQ_CST);
+  futex_wake_all(&a->mag->store_seq[waiter]);
+}
+static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request *q) {
+  uint32_t n = q->tids[0], pfn = q->tids[1], slot[SY_CHUNK_PAGES], k = 0;
+  if (q->order >= SY_STORE_WAITERS || !n || n > SY_CHUNK_PAGES || q->vpage > SY_ARENA_PAGES - n) return bad(g, a);
+  int error = 0;
+  pthread_mutex_lock(&g->lock);
+  int ok = owned(g, a, pfn, n, 1 << SY_FRAME_GRANTED);
+  for (; ok && k < n; k++) {
+    slot[k] = (uint32_t)(__atomic_load_n(&a->pte[q->vpage + k], __ATOMIC_ACQUIRE) >> SY_PTE_PFN_SHIFT);
+    if (!slot_is(g, a, slot[k]) || g->slot[slot[k]].vpage != q->vpage + k) break;
+    g->slot[slot[k]].asid = BUSY;
+  }
+  if (k < n) bad(g, a), error = EINVAL;
+  pthread_mutex_unlock(&g->lock);
+  for (uint32_t i = 0; i < n && !error; i++) error = store_get(g, slot[i], frame_mem(g, pfn) + i * PS);
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < k; i++) {
+    if (error) {
+      g->slot[slot[i]].asid = a->asid;
+      continue;
+    }
+    event(g, (struct sy_msg){.type = SY_MSG_PAGE_REFAULT, .asid = a->asid, .pfn = pfn + i, .vpage = q->vpage + i, .npages = 1, .node = g->frames[pfn].node, .arg = g->swapped_out - g->slot[slot[i]].out});
+    slot_free(g, slot[i]), a->swapped--;
+  }
+  count(g, error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAPPED_IN, error ? 1 : n);
+  pthread_mutex_unlock(&g->lock);
+  answer_store(a, q->order, error);
+}
+/* The contents of all stored pages of a chunk, for a fork or a release. The slots stay. */
+static void fetch(struct sy_gateway *g, struct as *a, pid_t pid, const struct sy_request *q) {
+  uint64_t to = q->tids[2] | (uint64_t)q->tids[3] << 32;
+  uint8_t page[PS];
+  int error = 0;
+  if (q->order >= SY_STORE_WAITERS || q->tids[0] > SY_CHUNK_PAGES || q->vpage > SY_ARENA_PAGES - q->tids[0]) return bad(g, a);
+  for (uint32_t i = 0; i < q->tids[0] && !error; i++) {
+    uint64_t w = __atomic_load_n(&a->pte[q->vpage + i], __ATOMIC_ACQUIRE), s = w >> SY_PTE_PFN_SHIFT;
+    if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || w & SY_PTE_HASFRAME) continue;
+    pthread_mutex_lock(&g->lock); /* (page cache, not the disk, as a rule; and it is nobody else's meanwhile) */
+    error = slot_is(g, a, s) ? store_get(g, (uint32_t)s, page) : EINVAL;
+    pthread_mutex_unlock(&g->lock);
+    struct iovec here = {page, PS}, there = {(void *)(to + i * PS), PS};
+    if (!error && syscall(SYS_pidfd_send_signal, a->pidfd, 0, NULL, 0)) error = ESRCH; /* (or the number would be somebody else's) */
+    if (!error && process_vm_writev(pid, &here, 1, &there, 1, 0) != PS) error = EFAULT;
+  }
+  answer_store(a, q->order, error);
+}
+
+/* What the page table of an address space, whose channel has lost messages, says of its slots (under lock). */
+static void resync_slots(struct sy_gateway *g, struct as *a) {
+  for (uint32_t p = 0; a->swapped && p < SY_ARENA_PAGES; p++) {
+    if (p % SY_CHUNK_PAGES == 0 && !a->chunks[p / SY_CHUNK_PAGES]) {
+      p += SY_CHUNK_PAGES - 1;
+      continue;
+    }
+    uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), s = w >> SY_PTE_PFN_SHIFT;
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME) && slot_is(g, a, s)) g->slot[s].vpage = p;
+  }
+  for (uint32_t s = 0; s < g->hdr->slots && a->swapped; s++) {
+    if (g->slot[s].asid != a->asid) continue;
+    uint64_t w = __atomic_load_n(&a->pte[g->slot[s].vpage], __ATOMIC_ACQUIRE);
+    int st = w & SY_PTE_STATE_MASK;
+    if ((st == SY_PTE_SWAPPED || st == SY_PTE_LOCKED) && w >> SY_PTE_PFN_SHIFT == s) continue;
+    slot_free(g, s), a->swapped--;
+  }
+}
+static void bury_slots(struct sy_gateway *g, struct as *a) {
+  for (uint32_t s = 0; s < g->hdr->slots && a->swapped; s++)
+    if (g->slot[s].asid == a->asid) slot_free(g, s), a->swapped--;
+}

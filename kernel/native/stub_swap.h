@@ -1,0 +1,193 @@
+/* stub, part 4: pages that leave for the swap store, and come back.
+ *
+ * The gateway names what shall leave (EVICT). The page is taken away from the program, and its word becomes SWAPPED with HASFRAME: the frame
+ * still holds the content, as in Linux's swap cache. Then the gateway stores it and, by compare-and-swap on that very word, puts the slot's
+ * number there: only then is the frame free. Whoever touches the page before wins: the frame is mapped again, the gateway's
+ * compare-and-swap fails, and the slot is dropped. So whatever dies at whatever moment, a word says where the content is. */
+
+/* Command thread, under mm_lock. Number of pages taken away. */
+static long evict_for_store(uint64_t p, uint64_t pfn, uint64_t n) {
+  uint64_t taken = 0;
+  if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) return 0;
+  for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
+    for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]); k++) {
+      word_t x = LOAD(pte[p + i + k]);
+      if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || x >> SY_PTE_PFN_SHIFT != pfn + i + k || (x & SY_PTE_MLOCKED)) break;
+      if (!CAS(pte[p + i + k], &x, locked(x))) break;
+    }
+    if (!k) continue;
+    long r = SYS(__NR_madvise, VA(p + i), k * PS, MADV_DONTNEED, 0, 0);
+    word_t contended = 0;
+    for (uint64_t j = i; j < i + k; j++) {
+      word_t keep = LOAD(pte[p + j]) & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED | SY_PTE_HASFRAME);
+      contended |= __atomic_exchange_n(&pte[p + j], keep | (r ? SY_PTE_PRESENT : SY_PTE_SWAPPED | SY_PTE_HASFRAME | SY_PTE_STALE), __ATOMIC_SEQ_CST) & SY_PTE_CONTENDED;
+    }
+    if (contended) wake(p + i, k);
+    if (r) continue;
+    taken += k;
+    __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&ctl->pages_swapped, k, __ATOMIC_RELAXED);
+  }
+  return (long)taken;
+}
+
+/* Asks the gateway's store and waits. 0, or an errno; -1: there is no gateway any more. */
+static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint32_t b, uint64_t address) {
+  struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b, (uint32_t)address, (uint32_t)(address >> 32)}};
+  uint32_t seq = LOAD(mag->store_seq[waiter]);
+  if (LOAD(gateway_dead)) return -1;
+  for (long r; (r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0)) != sizeof q; nap(200))
+    if (r != -EAGAIN && r != -EINTR) return STORE(gateway_dead, 1), -1;
+  while (LOAD(mag->store_seq[waiter]) == seq) {
+    futex_wait((void *)&mag->store_seq[waiter], seq, 50, 1);
+    char b1;
+    if (LOAD(mag->store_seq[waiter]) == seq && SYS(__NR_recvfrom, fd_sock, &b1, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) return STORE(gateway_dead, 1), -1;
+  }
+  return (int)mag->store_error[waiter];
+}
+
+static long map_frames(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+  uint32_t nd = node_of(pfn);
+  long r = sys_mmap(VA(p), n * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+  if (r < 0 && r > -4096) return r;
+  uffd_register(p, n, UFFD_FRAME);
+  return 0;
+}
+static void back_again(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+  __atomic_fetch_add(&ctl->pages_mapped, n, __ATOMIC_RELAXED);
+  __atomic_fetch_sub(&ctl->pages_swapped, n, __ATOMIC_RELAXED);
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
+}
+
+/* A block of at most that order: from the magazine; of a bigger one the rest goes back. *got is its order. */
+static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
+  for (;;) {
+    for (int o = order; o >= 0; o--) {
+      uint32_t pfn = mag_pop(me, o);
+      if (pfn != SY_NO_FRAME) return *got = o, pfn;
+    }
+    for (int o = order + 1; o <= SY_HUGE_ORDER; o++) {
+      uint32_t pfn = mag_pop(me, o);
+      if (pfn == SY_NO_FRAME) continue;
+      post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (1u << order), (1ull << o) - (1u << order), 0, 0, 1);
+      STORE(ctl->in_hand_order[me], (uint32_t)order);
+      return *got = order, pfn;
+    }
+    if (!refill(order, p)) continue;
+    if (LOAD(gateway_dead)) return SY_NO_FRAME;
+    if (order) order = 0;
+    else nap(1000);
+  }
+}
+static int stored(uint64_t p, uint8_t a) {
+  word_t w = LOAD(pte[p]);
+  return attr[p] == a && (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == SY_PTE_SWAPPED;
+}
+/* How much to bring back at once: more for who walks upwards, who has as much before p as comes now (read-ahead doubles). */
+#define READ_AHEAD_ORDER 5
+static int read_ahead(uint64_t p, uint8_t a) {
+  int order = 0;
+  for (; order < READ_AHEAD_ORDER; order++) {
+    uint64_t n = 2ull << order;
+    if (p % n || p < n || !present(p - 1) || !present(p - n)) break;
+    for (uint64_t i = p + n / 2; i < p + n; i++)
+      if (!stored(i, a)) return order;
+  }
+  return order;
+}
+
+/* A touch of a page that was taken away and still is in its frame. Fault thread; its word is locked. */
+static void map_again(uint64_t p, word_t w, int prot) {
+  uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
+  if (map_frames(p, pfn, 1, prot) < 0) {
+    STORE(pte[p], w);
+    nap(1000);
+    return;
+  }
+  post(SY_MSG_PAGE_HINT, p, pfn, 1, 0, 0, 0);
+  back_again(p, pfn, 1, prot);
+}
+/* Words of [p, p + n) that are locked go back to the store's slots that they name. */
+static void store_again(uint64_t p, uint64_t n, word_t flags) {
+  for (uint64_t i = p; i < p + n; i++) STORE(pte[i], (LOAD(pte[i]) & ~(word_t)(PS - 1)) | SY_PTE_SWAPPED | flags);
+}
+/* A touch of a page that was taken away. Fault thread. */
+static void swap_in(int me, uint64_t p, int write) {
+  word_t w = LOAD(pte[p]);
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || !CAS(pte[p], &w, locked(w))) return wake(p, 1);
+  uint8_t a = attr[p];
+  int prot = kprot(a), got = 0;
+  if (!may(a, write)) {
+    if (IS_PARKED(a)) nap(20);
+    else if (!(a & A_FOREIGN)) SYS(__NR_mprotect, VA(p), PS, prot, 0, 0), w |= W_KPROT;
+    STORE(pte[p], w);
+    return wake(p, 1);
+  }
+  if (w & SY_PTE_HASFRAME) {
+    map_again(p, w, prot);
+    return wake(p, 1);
+  }
+  word_t flags = w & (SY_PTE_STALE | W_KPROT);
+  uint64_t n = 1, max = 1ull << read_ahead(p, a);
+  while (n < max && stored(p + n, a)) { /* (another thread may be at work there) */
+    word_t x = LOAD(pte[p + n]);
+    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || !CAS(pte[p + n], &x, locked(x))) break;
+    n++;
+  }
+  uint64_t all = n;
+  while (n & (n - 1)) store_again(p + --n, 1, flags);
+  uint32_t pfn = some_frames(me, p, __builtin_ctzll(n), &got);
+  if (n > 1ull << got) n = 1ull << got, store_again(p + n, all - n, flags);
+  int e = pfn == SY_NO_FRAME ? -1 : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
+  if (e) { /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
+    if (pfn != SY_NO_FRAME) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
+    STORE(ctl->in_hand[me], SY_NO_FRAME);
+    store_again(p, n, flags);
+    if (e > 0) nap(10000), wake(p, all);
+    return;
+  }
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
+  STORE(ctl->in_hand[me], SY_NO_FRAME);
+  long r = map_frames(p, pfn, n, prot);
+  post(SY_MSG_PAGE_MAPPED, p, pfn, n, got, 0, 0);
+  if (r < 0) { /* too many mappings: the content stays in the frames */
+    for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
+    nap(1000);
+  } else
+    back_again(p, pfn, n, prot);
+  wake(p, all);
+}
+
+/* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in
+ * its frame is mapped again. Command thread; faults are left waiting, mm_lock is held. */
+static char *back;
+static long bring_back(void *unused) {
+  (void)unused;
+  for (uint64_t c = 0; c < SY_CHUNKS; c++) {
+    int some = 0;
+    if (!LOAD(chunks[c])) continue;
+    for (uint64_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p++) {
+      word_t w = LOAD(pte[p]);
+      if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED) continue;
+      if ((w & SY_PTE_HASFRAME) && CAS(pte[p], &w, locked(w))) { /* (else the gateway was quicker: it is stored) */
+        uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
+        long r = map_frames(p, pfn, 1, kprot(attr[p]));
+        if (r < 0) return STORE(pte[p], w), r;
+        back_again(p, pfn, 1, kprot(attr[p]));
+      } else
+        some = 1;
+    }
+    if (!some) continue;
+    if (!back) {
+      long at = sys_mmap(0, SY_ARENA_SIZE, RW, ANON, -1, 0);
+      if (at < 0 && at > -4096) return at;
+      back = (char *)at;
+    }
+    if (ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, c * SY_CHUNK_PAGES, SY_CHUNK_PAGES, 0, (uint64_t)(uintptr_t)back + c * SY_CHUNK_PAGES * PS)) return -ENOMEM;
+  }
+  return 0;
+}
+static void back_done(void) {
+  if (back) SYS(__NR_munmap, back, SY_ARENA_SIZE, 0, 0, 0);
+  back = 0;
+}
