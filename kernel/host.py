@@ -14,9 +14,9 @@ import fcntl
 import json
 import os
 import re
+import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +111,8 @@ class Host:
         low = f"{lib.SY_ARENA_START:x}"[:4]
         found = []
         for maps in (self.root / "proc").glob("[0-9]*/maps"):
-            with contextlib.suppress(OSError):
-                if any(line.startswith(low) and "sylvie-ram" in line for line in maps.read_text().splitlines()):
+            with contextlib.suppress(OSError), maps.open() as lines:
+                if any(line.startswith(low) and "sylvie-ram" in line for line in lines):
                     found.append(int(maps.parent.name))
         return found
 
@@ -172,11 +172,21 @@ class Host:
 
     def restore_when_idle(self) -> None:
         """What the waiting process does; it ends, too, when there is a holder again."""
+        patience = 0.1
         while not self.restore_if_idle():
             with self._locked() as state:
                 if state["holders"]:
+                    state.pop("waiter", None)  # that is over: who comes after this holder needs a new one
                     return
-            time.sleep(0.5)
+            patience = min(2 * patience, 60.0)
+            with contextlib.ExitStack() as undo:
+                ends = select.poll()
+                for pid in self.on_frames():
+                    with contextlib.suppress(OSError):
+                        fd = os.pidfd_open(pid)
+                        undo.callback(os.close, fd)
+                        ends.register(fd, select.POLLIN)
+                ends.poll(patience * 1000)  # until one ends; looking costs reading all its mappings
 
     def pending(self) -> dict[str, str]:
         """Settings that are changed now: path -> original value."""

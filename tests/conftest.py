@@ -171,14 +171,24 @@ def nothing_left_behind(root_dir: Path) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_program_left_behind() -> Iterator[None]:
+def no_program_left_behind(root_dir: Path) -> Iterator[None]:
     """No program of a test outlives it: named at that test, and ended by its pid so that the next ones stand for themselves."""
     yield
+
+    def ours() -> list[int]:
+        """Programs of the enclaves below root_dir, as their environment says; others may be up, too."""
+        found = []
+        for pid in Host().on_frames():
+            with contextlib.suppress(OSError):
+                if os.fsencode(root_dir) in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(pid)
+        return found
+
     try:
-        wait_for(lambda: not Host().on_frames(), 10, "programs on frames are left")
+        wait_for(lambda: not ours(), 10, "programs on frames are left")
     except AssertionError:
         left = []
-        for pid in Host().on_frames():
+        for pid in ours():
             with contextlib.suppress(psutil.Error):
                 p = psutil.Process(pid)
                 left.append((pid, p.ppid(), p.status(), p.cmdline()))

@@ -14,7 +14,7 @@ Compiled = Callable[[str], Path]
 
 WHAT = [
     "trimmed heap", "purged blocks", "large environment", "ignored children", "ids in memory", "replaced mappings", "ranges over both",
-    "mappings past libc", "survivor", "bad pointers", "refused calls", "protection keys", "advice to oneself",
+    "mappings past libc", "survivor", "bad pointers", "refused calls", "protection keys", "advice to oneself", "refused file", "read-only target",
 ]  # fmt: skip
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import SYLVIE, Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, bring_up, take_down, wait_for
+
+from bus.client import subscriber
+from bus.codec import decode_batch
+from kernel.abi import lib
 
 # Holds argv[1] MiB of a pattern; then, for each line on its input, argv[2] MiB more. At the end of input all must be as it was written.
 HOLDER = """
@@ -57,9 +59,9 @@ def test_the_one_with_the_most_is_ended(own_enclave: Enclave) -> None:
     """256 MiB of frames: a small program asks, the largest goes, nobody else notices."""
     e = own_enclave
     small, large, middle = hold(e, 20), hold(e, 120), hold(e, 60)
-    events = subprocess.Popen(
-        [SYLVIE, "--run-dir", e.run_dir, "events", "pressure", "--json"], stdout=subprocess.PIPE, text=True
-    )
+    events = subscriber(e.run_dir, [b"pressure"])
+    while not events.poll(50):  # until it is subscribed
+        e.request(t="sync")
     spaces = {a["pid"]: a["asid"] for a in e.status()["address_spaces"]}
     try:
         for _ in range(70):
@@ -68,13 +70,15 @@ def test_the_one_with_the_most_is_ended(own_enclave: Enclave) -> None:
             if large.poll() is not None:
                 break
         assert large.wait(10) == -signal.SIGKILL
-        assert events.stdout
-        oom: dict[str, Any] = next(r for r in map(json.loads, events.stdout) if r["type"] == "OOM")
+        oom = None
+        while oom is None:
+            assert events.poll(10000), "no OOM on the bus"
+            batch = decode_batch(events.recv_multipart())[2]
+            oom = next(iter(batch[batch["type"] == lib.SY_MSG_OOM]), None)
         assert (oom["asid"], oom["arg"]) == (spaces[large.pid], large.pid)
         assert oom["npages"] >= 120 << 8
     finally:
-        events.kill()
-        events.wait()
+        events.close()
     assert end(small) == "0 lost\n"
     assert end(middle) == "0 lost\n"
     s = e.idle()

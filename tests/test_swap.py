@@ -188,3 +188,16 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
         p.communicate("\n", timeout=20)
     finally:
         take_down(e)
+
+
+def test_a_stopped_program_does_not_hold_up_others(enclave: Enclave) -> None:
+    """It executes nothing, so what is asked of it does not leave: another's pages do, and its own are all there afterwards."""
+    stopped = enclave.popen(swapped("waits", mib=30))
+    assert stopped.stdout and stopped.stdout.readline() == "filled: 0\n"
+    os.kill(stopped.pid, signal.SIGSTOP)
+    try:
+        assert enclave.run(swapped(mib=30), timeout=60).stdout == "filled: 0\n"
+    finally:
+        os.kill(stopped.pid, signal.SIGCONT)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.communicate(timeout=60)[0].splitlines()[-1] == "after waits: 0"

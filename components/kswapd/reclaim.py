@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kernel.abi import lib
 
 MAPPED = FRAME_STATES["mapped"]
 BATCH = 2048  # frames asked for in one step, at most
+STUCK = 0.5  # seconds after which what was on its way out and has not left is counted on no more: its program may be stopped
 
 
 class ReclaimPolicy(BasePolicy):
@@ -28,6 +30,7 @@ class ReclaimPolicy(BasePolicy):
         self.clock = 0
         self.awake = [False] * len(self.nodes)
         self.reclaimed = self.refaults = self.refused = 0
+        self.left_at = self.asked_at = 0.0
 
     # ---- what happens ----
     def arrived(self, pfns: NDArray[np.int64]) -> None:
@@ -42,6 +45,9 @@ class ReclaimPolicy(BasePolicy):
 
     def page_refault(self, events: NDArray[np.void]) -> None:
         self.refaults += len(events)
+
+    def page_swapped(self, _events: NDArray[np.void]) -> None:
+        self.left_at = time.monotonic()
 
     def watermark(self, events: NDArray[np.void]) -> None:
         """Wakes ``step()``; the numbers are in the header."""
@@ -58,6 +64,8 @@ class ReclaimPolicy(BasePolicy):
             self.awake[node] = True
         base, size = self.nodes[node]
         leaving = int(np.count_nonzero(self.frames["flags"][base : base + size] & lib.SY_FF_SWAPPING))
+        if time.monotonic() > max(self.left_at, self.asked_at) + STUCK:
+            leaving = 0
         missing = int(mark.high) - int(mark.free) - leaving
         if missing <= 0:
             self.awake[node] = False
@@ -74,6 +82,7 @@ class ReclaimPolicy(BasePolicy):
             ours = (part["state"] == MAPPED) & (part["flags"] & lib.SY_FF_SWAPPING == 0)
             chosen = self.victims(base + np.flatnonzero(ours), count)
             self.reclaimed += len(chosen)
+            self.asked_at = time.monotonic()
             self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0)
 
     def result(self, ops: NDArray[np.void]) -> None:

@@ -79,8 +79,9 @@ static const struct sy_insn sy_rules[] = {
     /* limits that would count the arena */
     AT(SETRLIMIT), ARG_LO(0), EQ(SY_RLIMIT_AS, NOTIFY, NEXT), EQ(SY_RLIMIT_DATA, NOTIFY, ALLOW),
     AT(PRLIMIT), ARG_LO(2), EQ(0, ALLOW, NEXT), ARG_LO(1), EQ(SY_RLIMIT_AS, NOTIFY, NEXT), EQ(SY_RLIMIT_DATA, NOTIFY, ALLOW),
-    /* int 0x80: fork and clone would copy our mappings */
-    AT(OTHER_ARCH), {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0, 0}, EQ(2, NOTIFY, NEXT), EQ(120, NEXT, ALLOW), ARG_LO(0), ANY(CLONE_VM, ALLOW, NOTIFY),
+    /* int 0x80: fork and clone would copy (or share) our mappings */
+    AT(OTHER_ARCH), {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0, 0}, EQ(2, NOTIFY, NEXT), EQ(435 /* clone3 */, NOSYS, NEXT), EQ(120, NEXT, ALLOW),
+    ARG_LO(0), ANY(CLONE_VM, NEXT, NOTIFY), ANY(CLONE_THREAD | CLONE_VFORK, ALLOW, NOTIFY),
     AT(ALLOW), RET(SECCOMP_RET_ALLOW),
     AT(NOTIFY), RET(SECCOMP_RET_USER_NOTIF),
     /* clone3 hides its flags behind a pointer; glibc falls back to clone */

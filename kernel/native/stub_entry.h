@@ -137,7 +137,7 @@ static long emulate(long nr, long *a) {
     return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
   /* more than the arena: no such range is mapped (and no sum below may wrap) */
   if (nr != __NR_mmap && nr != __NR_brk && ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE)))
-    return nr == __NR_munmap || nr == __NR_mremap || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
+    return nr == __NR_munmap || (nr == __NR_mremap && (uint64_t)a[1] > SY_ARENA_SIZE) || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
   switch (nr) {
   case __NR_munmap: return do_munmap((uintptr_t)a[0], (uint64_t)a[1]);
   case __NR_mremap: return do_mremap((uintptr_t)a[0], (uint64_t)a[1], (uint64_t)a[2], a[3], (uintptr_t)a[4]);

@@ -99,7 +99,7 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   }
   if (A_PROT(a) != RW) SYS(__NR_mprotect, t, n * PS, A_PROT(a), 0, 0);
   long r = SYS(__NR_mremap, t, n * PS, n * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
-  if (r < 0) return r;
+  if (r < 0) return SYS(__NR_munmap, t, n * PS, 0, 0, 0), r;
   if (a & A_WIPEONFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_WIPEONFORK, 0, 0);
   if (a & A_DONTFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_DONTFORK, 0, 0);
   if (releasing) now_native(p, n);

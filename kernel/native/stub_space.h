@@ -44,7 +44,7 @@ static uint64_t next_used(uint64_t p, uint64_t end) {
 
 /* Brings a piece of the arena back to its first state: nothing mapped, registered, plain read-write. PROT_NONE until registered, so
  * that no touch finds the kernel's zero page; or, where the program's threads may go on touching it, read-write at once: see
- * restore_in_use. */
+ * touched_meanwhile. */
 static long restore_request(void *arg) {
   uint64_t *a = arg;
   long r = sys_mmap(VA(a[0]), a[1] * PS, a[2] ? RW : PROT_NONE, ANON | MAP_FIXED, -1, 0);
@@ -77,8 +77,9 @@ static void unpark(uint64_t p, uint64_t n) {
 
 /* Takes the content of [p, p + n) away: frames go back to the gateway, the next touch finds zero. The kernel's mapping is emptied
  * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens.
- * mapped_over: the kernel has another mapping there already, only the words are left. */
-static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
+ * new_prot: -1, or the kernel has another mapping there already, of that protection, and only the words are left. */
+static void drop_content(uint64_t p, uint64_t n, int new_prot) {
+  int mapped_over = new_prot >= 0;
   __atomic_thread_fence(__ATOMIC_SEQ_CST); /* attr before words: a fault thread locks the word first, then reads attr again */
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i, end)) {
     if (untouched(LOAD(pte[i]))) {
@@ -88,7 +89,8 @@ static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
     word_t w = word_lock(i);
     int st = w & SY_PTE_STATE_MASK;
     if (st == SY_PTE_NONE) {
-      if ((w & W_KPROT) && !mapped_over) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
+      /* (a stray touch of a free page took its access away, and may have done so just now) */
+      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, mapped_over ? new_prot : RW, 0, 0);
       word_unlock(i, w & ~(word_t)W_KPROT);
       i++;
       continue;
@@ -107,7 +109,7 @@ static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
       uint64_t still = 0;
       memset(found, 0, k);
       if (!mapped_over) {
-        if (by_command_thread(restore_request, (uint64_t[]){i, k, 1}) < 0) { /* no memory for another mapping: it stays the kernel's */
+        if (by_command_thread(restore_request, (uint64_t[]){i, k, attr[i] != 0}) < 0) { /* no memory for another mapping: it stays the kernel's */
           SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
           memset(found, 1, k);
         } else
@@ -144,7 +146,7 @@ static void drop_content(uint64_t p, uint64_t n, int mapped_over) {
     i += k;
   }
 }
-static void evict(uint64_t p, uint64_t n) { drop_content(p, n, 0); }
+static void evict(uint64_t p, uint64_t n) { drop_content(p, n, -1); }
 
 /* After attr of [p, p + n) has changed: waits out faults that decided on the old attr, and makes the kernel's protection fit. */
 static long set_kernel_prot(uint64_t p, uint64_t n, int prot) {
@@ -422,13 +424,23 @@ static void touch(uint64_t p, uint64_t n) {
   }
 }
 
+/* A mapping that the kernel refused to put over the parked [p, p + n): it may have unmapped the range first. */
+static void not_replaced(uint64_t p, uint64_t n) {
+  if (SYS(__NR_madvise, VA(p), n * PS, MADV_NORMAL, 0, 0) == 0) return unpark(p, n);
+  drop_content(p, n, RW);
+  memset(attr + p, 0, n);
+  arena_restore(p, n);
+  hole_cut(p, n); /* part of it may have been one */
+  hole_add(p, n);
+}
 /* A mapping of the program's own (a file, shared memory, code) put into the arena by MAP_FIXED. */
 static long map_foreign(uint64_t p, uint64_t n, long *a) {
   park(p, n);
   long r = sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
-  if (r < 0 && r > -4096) return unpark(p, n), r;
-  drop_content(p, n, 1);
+  if (r < 0 && r > -4096) return not_replaced(p, n), r;
+  drop_content(p, n, (int)a[2]);
   hole_cut(p, n);
+  post(SY_MSG_MM_MUNMAP, p, 0, n, 0, 0, 0);
   memset(attr + p, A_OF(a[2]) | A_FOREIGN, n);
   if (p >= SY_BRK_PAGES && p + n > mmap_hi) mmap_hi = p + n, ctl->mmap_hi = mmap_hi;
   return r;
@@ -469,7 +481,7 @@ static long do_mmap(long *a) {
     }
     drop_kept_in(p, n);
     if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
-    if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
+    if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS) || (flags & MAP_HUGETLB)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
     long r = replace_pages(p, n, A_OF(prot));
     if (r < 0) return r;
     hole_cut(p, n);
@@ -533,7 +545,7 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
 static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
-  if (!n) return 0;
+  if (!n) return SYS(__NR_madvise, addr, 0, advice, 0, 0); /* is there such advice? */
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
   if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_madvise, addr, size, advice, 0, 0);
   long r = all_mapped(p, n) ? 0 : -ENOMEM; /* as Linux: done for what is mapped, and said */
@@ -589,7 +601,11 @@ static long move_request(void *arg) {
     }
     if (st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME)) { /* its slot goes along */
       STORE(chunks[j / SY_CHUNK_PAGES], 1);
-      STORE(pte[j], w & ~(word_t)(SY_PTE_CONTENDED | SY_PTE_STALE | W_KPROT));
+      if ((word_lock(j) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE) { /* touched while its place was being cleared: what comes counts */
+        arena_restore(j, 1);
+        __atomic_fetch_sub(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+      }
+      word_unlock(j, w & ~(word_t)(SY_PTE_CONTENDED | SY_PTE_STALE | W_KPROT));
       post(SY_MSG_SLOT_MOVED, j, SY_NO_FRAME, 1, 0, w >> SY_PTE_PFN_SHIFT, 0);
       if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, RW, 0, 0);
       word_unlock(i, SY_PTE_NONE | SY_PTE_STALE);
@@ -611,28 +627,32 @@ static long move_request(void *arg) {
     STORE(chunks[j / SY_CHUNK_PAGES], 1);
     STORE(chunks[(j + k - 1) / SY_CHUNK_PAGES], 1);
     word_t flag = (m->prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED);
-    for (uint64_t x = 0; x < k; x++) /* touched while its place was being cleared */
-      if ((LOAD(pte[j + x]) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE) __atomic_fetch_sub(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    uint64_t lost = 0; /* touched while its place was being cleared */
+    for (uint64_t x = 0; x < k; x++) {
+      found[x] = (uint8_t)(word_lock(j + x) & (SY_PTE_STATE_MASK | W_KPROT));
+      lost += (found[x] & SY_PTE_STATE_MASK) == SY_PTE_NATIVE;
+    }
     if (st == SY_PTE_PRESENT) {
       uint32_t nd = node_of(pfn);
       long r = sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
       if (r < 0 && r > -4096) {
-        for (uint64_t x = 0; x < k; x++) word_unlock(i + x, (LOAD(pte[i + x]) & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_PRESENT);
+        for (uint64_t x = 0; x < k; x++) word_unlock(j + x, found[x]), word_unlock(i + x, (LOAD(pte[i + x]) & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_PRESENT);
         return m->done = i - m->p, r;
       }
       uffd_register(j, k, UFFD_FRAME);
       post(SY_MSG_PAGE_MOVED, j, pfn, k, 0, 0, 0);
-      for (uint64_t x = 0; x < k; x++) STORE(pte[j + x], ((word_t)(pfn + x) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | flag);
+      for (uint64_t x = 0; x < k; x++) word_unlock(j + x, ((word_t)(pfn + x) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | flag);
       SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
       if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
       for (uint64_t x = 0; x < k; x++) word_unlock(i + x, SY_PTE_NONE | SY_PTE_STALE);
     } else { /* native page: let the kernel move it, and repair the hole */
       long r = SYS(__NR_mremap, VA(i), PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(j));
-      if (r < 0 && r > -4096) return word_unlock(i, w), m->done = i - m->p, r;
-      STORE(pte[j], SY_PTE_NATIVE | flag);
+      if (r < 0 && r > -4096) return word_unlock(j, found[0]), word_unlock(i, w), m->done = i - m->p, r;
+      word_unlock(j, SY_PTE_NATIVE | flag);
       restore_request((uint64_t[]){i, 1, 0});
       word_unlock(i, SY_PTE_NONE);
     }
+    __atomic_fetch_sub(&ctl->pages_native, lost, __ATOMIC_RELAXED);
     i += k;
   }
   return 0;
@@ -643,6 +663,7 @@ static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, 
   uint64_t p = PAGE(old), n = UP(old_size) / PS, m = UP(new_size) / PS, q = PAGE(to);
   int from = IN_ARENA(old) && !is_native(p), into = (flags & MREMAP_FIXED) && IN_ARENA(to) && !is_native(q);
   uint8_t a = from ? attr[p] : A_OF(RW) | A_FOREIGN;
+  if ((flags & MREMAP_FIXED) && IN_ARENA(to) && m && is_native(q) != is_native(q + m - 1)) return -ENOMEM; /* onto both kinds: docs/limits.md */
   if (into) {
     if (to % PS) return -EINVAL;
     if (q + m > SY_ARENA_PAGES) return -ENOMEM;
@@ -653,17 +674,13 @@ static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, 
   }
   long r = SYS(__NR_mremap, old, old_size, new_size, flags, to);
   if (r < 0 && r > -4096) {
-    if (into && SYS(__NR_madvise, VA(q), m * PS, MADV_NORMAL, 0, 0) == 0) unpark(q, m);
-    else if (into) { /* the kernel had unmapped the target first */
-      drop_content(q, m, 1);
-      memset(attr + q, 0, m);
-      arena_restore(q, m);
-    }
+    if (into) not_replaced(q, m);
     return r;
   }
   if (into) {
-    drop_content(q, m, 1);
+    drop_content(q, m, A_PROT(a));
     hole_cut(q, m);
+    post(SY_MSG_MM_MUNMAP, q, 0, m, 0, 0, 0);
     memset(attr + q, a, m);
     if (q >= SY_BRK_PAGES && q + m > mmap_hi) mmap_hi = q + m, ctl->mmap_hi = mmap_hi;
   }
@@ -739,7 +756,8 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
     memset(attr + q, 0, m);
     return r;
   }
-  claim(q, m, a);
+  if (A_PROT(a) != RW || (flags & MREMAP_FIXED)) map_pages(q, m, a); /* touched meanwhile, where nothing came: plain read-write */
+  else claim(q, m, a);
   if (flags & MREMAP_DONTUNMAP)
     evict(p, n);
   else

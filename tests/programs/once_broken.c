@@ -4,11 +4,13 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -272,6 +274,56 @@ static void refused_calls(void) {
   printf("PROT_SEM %d\n", mprotect(p, PS, PROT_READ | PROT_WRITE | 8));
 }
 
+/* The kernel refuses a mapping only after it has unmapped what was there: a hole, where the next mapping is as good as any. */
+static void refused_file(void) {
+  char *p = map(1 << 20), *at = p + (64 << 10);
+  memset(p, 7, 1 << 20);
+  int s = socket(AF_INET, SOCK_DGRAM, 0);
+  unsigned char there[16];
+  printf("socket %d", mmap(at, 64 << 10, PROT_READ, MAP_SHARED | MAP_FIXED, s, 0) == MAP_FAILED);
+  printf(" %d\n", errno);
+  printf("mincore %d\n", mincore(at, 64 << 10, there));
+  printf("again %d\n", mmap(at, 64 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+  for (int i = 0; i < 64 << 10; i += PS)
+    if (at[i]) printf("not zero\n");
+  memset(at, 1, 64 << 10);
+  printf("%d %d %d\n", p[0], at[0], at[64 << 10]);
+  char *huge = mmap(at, HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_HUGETLB, -1, 0);
+  printf("huge page %d %d\n", huge == MAP_FAILED, at[0]);
+  printf("advice %d", madvise(p, 0, 77));
+  printf(" %d\n", errno);
+  printf("too large %d", mremap(p, PS, 100ul << 30, MREMAP_MAYMOVE) == MAP_FAILED);
+  printf(" %d\n", errno);
+}
+
+/* A read-only range is moved over one that another thread goes on reading: nothing there can be written. */
+static sigjmp_buf denied;
+static void on_segv(int sig) { (void)sig, siglongjmp(denied, 1); }
+static void *looks(void *x) {
+  unsigned s = 0;
+  while (!stop)
+    for (int i = 0; i < 8; i++) s += (unsigned)place[i * PS];
+  return (void *)((unsigned long)x + s % 1);
+}
+static void read_only_target(void) {
+  pthread_t t;
+  volatile long through = 0;
+  signal(SIGSEGV, on_segv);
+  place = map(8 * PS);
+  if (pthread_create(&t, NULL, looks, NULL)) exit(1);
+  for (volatile int round = 0; round < 1000; round++) {
+    if (mmap((char *)place, 8 * PS, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != place) exit(1);
+    char *p = map(8 * PS);
+    mprotect(p, 8 * PS, PROT_READ);
+    if (mremap(p, 8 * PS, 8 * PS, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)place) != place) exit(1);
+    for (volatile int i = 0; i < 8; i++)
+      if (!sigsetjmp(denied, 1)) place[i * PS] = 1, through++;
+  }
+  stop = 1;
+  pthread_join(t, NULL);
+  printf("%ld writes went through\n", through);
+}
+
 /* A protection key is left behind by nobody. Where the machine has none, that is said. */
 static void protection_keys(void) {
   char *p = map(64 * PS);
@@ -305,6 +357,7 @@ int main(int argc, char **argv) {
       {"large environment", large_environment}, {"ignored children", ignored_children}, {"ids in memory", ids_in_memory},
       {"replaced mappings", replaced_mappings}, {"ranges over both", ranges_over_both}, {"mappings past libc", mappings_past_libc},
       {"survivor", survivor}, {"bad pointers", bad_pointers}, {"refused calls", refused_calls}, {"protection keys", protection_keys},
+      {"refused file", refused_file}, {"read-only target", read_only_target},
       {"advice to oneself", advice_to_oneself}};
   for (unsigned i = 0; i < sizeof all / sizeof *all; i++)
     if (argc == 2 && !strcmp(argv[1], all[i].name)) return all[i].f(), 0;
