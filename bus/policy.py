@@ -70,6 +70,10 @@ class BasePolicy:
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn
 
+    def asleep(self) -> bool:
+        """Is there nothing to do on this enclave, ever? Then no event is sent to this process."""
+        return False
+
     def rebuild(self) -> None:
         """Forget everything and start from the tables: at start, and after events were lost."""
 

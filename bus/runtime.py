@@ -112,7 +112,7 @@ class Runtime:
         self._handlers: dict[int, Callable[[NDArray[np.void]], None]] = {
             value: getattr(self.policy, message.lower())
             for message, value in MESSAGES.items()
-            if hasattr(self.policy, message.lower())
+            if hasattr(self.policy, message.lower()) and not self.policy.asleep()
         }
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}

@@ -71,8 +71,12 @@ class ReclaimPolicy(BasePolicy):
             self.awake[node] = False
         return min(missing, BATCH) if self.awake[node] else 0
 
+    def asleep(self) -> bool:
+        """Without a store nothing can leave."""
+        return not self.header.slots
+
     def step(self) -> None:
-        if not self.header.slots:
+        if self.asleep():
             return
         for node, (base, size) in enumerate(self.nodes):
             count = self.wanted(node)

@@ -59,6 +59,8 @@ class Policy(ReclaimPolicy):
         return leaving if len(leaving) or mark.free > mark.min else oldest(self.stamp, tail, count)
 
     def dump(self) -> dict[str, Any]:
+        if self.asleep():
+            return super().dump()
         mapped = self.frames["state"] == MAPPED
         active = int(np.count_nonzero(mapped & self.active))
         return super().dump() | {"active": active, "inactive": int(np.count_nonzero(mapped)) - active}
