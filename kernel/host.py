@@ -62,7 +62,8 @@ class Host:
     record: Path = Path("/run/sylvie-host.json")
     settings: tuple[Setting, ...] = field(default=SETTINGS)
 
-    def _read(self, path: str) -> str | None:
+    def value(self, path: str) -> str | None:
+        """What a setting is now; None: this kernel does not have it."""
         with contextlib.suppress(FileNotFoundError):
             text = (self.root / path.lstrip("/")).read_text().strip()
             chosen = re.search(r"\[(\w+)\]", text)  # sysfs marks the choice among several
@@ -130,7 +131,7 @@ class Host:
         with self._locked() as state, contextlib.ExitStack() as undo:
             undo.callback(self._save, state | {"original": dict(state["original"])})
             for setting in self.settings:
-                now = self._read(setting.path)
+                now = self.value(setting.path)
                 if now is None:  # this kernel has no such knob; doctor tells
                     continue
                 if (wanted := setting.wanted(now)) != now:

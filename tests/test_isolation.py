@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SYLVIE, Enclave, bring_up, take_down, wait_for
+from conftest import SYLVIE, Enclave, bring_up, open_files, take_down, wait_for
 
 # Takes memory in all ways, looks that each new byte is zero, and fills it with a mark of 16 bytes; frees and takes again until argv[2] MiB
 # have passed through. Prints "dirty" and what it found, or "ok".
@@ -131,25 +131,18 @@ def test_a_program_holds_descriptors_of_its_own_enclave_only(two: tuple[Enclave,
         e.popen([sys.executable, "-c", FILL, MARKS[i], "20", "1", "wait"], stdin=subprocess.PIPE)
         for i, e in enumerate(two)
     ]
-    files = []
-    for e in two:
-        gateway = e.gateway_pid()
-        files.append({os.stat(f"/proc/{gateway}/fd/{fd}").st_ino for fd in os.listdir(f"/proc/{gateway}/fd")
-                      if "memfd:sylvie" in os.readlink(f"/proc/{gateway}/fd/{fd}")})  # fmt: skip
-    for i, p in enumerate(programs):
+    for p in programs:
         assert p.stdout and p.stdout.readline() == "ok\n"
-        gateway = two[i].gateway_pid()
-        files[i] |= {os.stat(f"/proc/{gateway}/fd/{fd}").st_ino for fd in os.listdir(f"/proc/{gateway}/fd")
-                     if "memfd:sylvie" in os.readlink(f"/proc/{gateway}/fd/{fd}")}  # fmt: skip
+    files = [{*open_files(f"/proc/{e.gateway_pid()}/fd", "memfd:sylvie").values()} for e in two]
+    for i, p in enumerate(programs):
         mapped = {
             int(line.split()[4])
             for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()
             if "memfd:sylvie" in line
         }
         assert len(mapped) >= 3 and mapped <= files[i] and not mapped & files[1 - i]
-        held = {os.stat(f"/proc/{p.pid}/task/{t}/fd/{fd}").st_ino for t in os.listdir(f"/proc/{p.pid}/task")
-                for fd in os.listdir(f"/proc/{p.pid}/task/{t}/fd")}  # fmt: skip
-        assert not held & files[1 - i]
+        for task in os.listdir(f"/proc/{p.pid}/task"):
+            assert files[1 - i].isdisjoint(open_files(f"/proc/{p.pid}/task/{task}/fd").values())
     for p in programs:
         p.communicate(timeout=30)
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import zmq
-from conftest import Enclave, wait_for
+from conftest import Enclave, open_files, wait_for
 
 from bus import keys
 from bus.client import EVENTS, REQUESTS, Control, endpoint, subscriber
@@ -143,7 +143,7 @@ def test_processes_have_their_own_user_and_no_privilege(enclave: Enclave) -> Non
 
 
 def memory_files(pid: int) -> list[str]:
-    return [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd") if "memfd:sylvie" in os.readlink(f"/proc/{pid}/fd/{fd}")]  # fmt: skip
+    return [*open_files(f"/proc/{pid}/fd", "memfd:sylvie")]
 
 
 def test_memory_files_are_closed_to_other_users(enclave: Enclave) -> None:
