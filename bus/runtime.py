@@ -109,10 +109,11 @@ class Runtime:
         self.tables = fetch_tables(run_dir, COMPONENT_IDS[name])
         self.txn = Transaction(self.tables.frames)
         self.policy = policy_class(self.tables.frames, self.tables.header, self.tables.nodes, self.txn)
+        asleep = self.policy.asleep()
         self._handlers: dict[int, Callable[[NDArray[np.void]], None]] = {
             value: getattr(self.policy, message.lower())
             for message, value in MESSAGES.items()
-            if hasattr(self.policy, message.lower()) and not self.policy.asleep()
+            if not asleep and hasattr(self.policy, message.lower())
         }
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -60,8 +61,26 @@ class Enclave:
     def component(self, name: str = "buddy") -> dict[str, Any]:
         return dict(next(c for c in self.status()["components"] if c["name"] == name))
 
+    def supervisorctl(self, *args: str) -> str:
+        done = subprocess.run(
+            [SYLVIE.with_name("supervisorctl"), "-c", self.run_dir / "supervisord.conf", *args],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+        return done.stdout
+
     def gateway_pid(self) -> int:
         return int(self.status()["pid"])
+
+    def successor(self, old: int = 0) -> int:
+        """Waits for a gateway that is not ``old``, which may have died; its pid."""
+
+        def serving() -> int:
+            # Not in-process: a request to one that is about to die would be waited for.
+            done = self.cli("status", "--json", ok=False)
+            return int(json.loads(done.stdout)["pid"]) if done.returncode == 0 else 0
+
+        return int(wait_for(lambda: (pid := serving()) != old and pid, 30, "no new gateway"))
 
     def check(self) -> None:
         """As ``sylvie check``."""

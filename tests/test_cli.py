@@ -18,7 +18,6 @@ from conftest import ROOT, SYLVIE, Enclave, bring_up, take_down, wait_for
 from kernel.abi import lib
 from sylvie.cli import DEFAULT_RUN_DIR, cli
 
-SUPERVISORCTL = Path(sys.executable).with_name("supervisorctl")
 # Holds some memory until its input ends.
 HOLD = "b = bytearray(8 << 20); b[::4096] = b'x' * len(b[::4096]); print('there', flush=True); input()"
 
@@ -180,11 +179,7 @@ def test_events_see_a_program_start(small: Enclave) -> None:
 
 def test_supervisorctl_restarts_buddy(small: Enclave) -> None:
     old = wait_for(lambda: (c := small.component())["state"] == "online" and c["pid"], 20, "buddy is not online")
-    done = subprocess.run(
-        [SUPERVISORCTL, "-c", small.run_dir / "supervisord.conf", "restart", "buddy"],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "buddy: started" in done.stdout, done
+    assert "buddy: started" in small.supervisorctl("restart", "buddy")
     wait_for(lambda: (c := small.component())["state"] == "online" and c["pid"] != old, 20, "no new buddy")
     small.idle()
     small.check()
@@ -261,7 +256,7 @@ def test_supervisorctl_in_the_repository(root_dir: Path) -> None:
     e = Enclave(Path(DEFAULT_RUN_DIR))
     if e.run_dir.exists():
         pytest.skip(f"{DEFAULT_RUN_DIR} is in use")
-    path = f"{SUPERVISORCTL.parent}:{os.environ['PATH']}"
+    path = f"{SYLVIE.parent}:{os.environ['PATH']}"
     env = {k: v for k, v in os.environ.items() if k != "SYLVIE_RUN_DIR"} | {"PATH": path}
     done = call("up", "--ram", "64M", env=env)
     assert done.returncode == 0, done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -89,12 +88,6 @@ def all_ok(programs: list[subprocess.Popen[str]], stop: Path) -> None:
     assert outs == [("ok\n", 0)] * len(programs)
 
 
-def gateway_pid(e: Enclave) -> int:
-    """0 while there is none."""
-    done = e.cli("status", "--json", ok=False)
-    return int(json.loads(done.stdout)["pid"]) if done.returncode == 0 else 0
-
-
 def family(e: Enclave) -> list[psutil.Process]:
     """supervisord, gateway and components of that run directory."""
     found = []
@@ -112,9 +105,9 @@ def test_gateway_killed_at_any_moment(own_enclave: Enclave, root_dir: Path) -> N
     for _ in range(2):
         programs = everything(e, stop)
         time.sleep(r.uniform(0.05, 1.2))
-        old = gateway_pid(e)
+        old = e.gateway_pid()
         os.kill(old, signal.SIGKILL)
-        wait_for(lambda old=old: gateway_pid(e) not in (0, old), 30, "no new gateway")
+        e.successor(old)
         time.sleep(r.uniform(0, 0.5))
         all_ok(programs, stop)
     wait_for(lambda: e.component()["state"] == "online", 30, "buddy does not come back")
@@ -262,7 +255,8 @@ def test_memory_exhausted(own_enclave: Enclave, root_dir: Path) -> None:
     if psutil.pid_exists(pid):
         resource.prlimit(pid, resource.RLIMIT_AS, limit)
     all_ok(programs, stop)
-    wait_for(lambda: gateway_pid(e) != 0 and e.component()["state"] == "online", 30, "nobody serves")
+    e.successor()
+    wait_for(lambda: e.component()["state"] == "online", 30, "buddy does not come back")
     registered = e.idle()["counters"]["registered"]
     assert e.run([sys.executable, "-c", "print(len(bytearray(3 << 20)))"]).stdout == "3145728\n"
     assert e.idle()["counters"]["registered"] > registered

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -85,10 +84,7 @@ def test_components_are_not_operators(enclave: Enclave) -> None:
 def test_each_operation_is_its_owners_only(own_enclave: Enclave) -> None:
     """The table of ARCHITECTURE.md: buddy, online and known, commits what is not buddy's."""
     own_enclave.cli("status")
-    conf = ["-c", str(own_enclave.run_dir / "supervisord.conf"), "stop", "buddy"]
-    subprocess.run(
-        [Path(sys.executable).with_name("supervisorctl"), *conf], check=True, timeout=30, capture_output=True
-    )
+    own_enclave.supervisorctl("stop", "buddy")
     before = own_enclave.status()["frames"]
     with Control(own_enclave.run_dir, 5, "buddy") as c:
         c.request({"t": "hello", "name": "buddy", "implementation": "x", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()})
@@ -172,7 +168,7 @@ def test_keys_live_as_long_as_the_enclave(own_enclave: Enclave) -> None:
     key = public.read_bytes()
     old = own_enclave.gateway_pid()
     os.kill(old, 9)
-    wait_for(lambda: (own_enclave.run_dir / "gateway.ready").exists() and own_enclave.cli("status", ok=False).returncode == 0 and own_enclave.gateway_pid() != old, 30, "no new gateway")  # fmt: skip
+    own_enclave.successor(old)
     wait_for(lambda: own_enclave.component()["state"] == "online", 30, "buddy does not come back")
     assert public.read_bytes() == key
     own_enclave.cli("swap", "buddy", "next_fit")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import PROGRAMS, Enclave, bring_up, take_down, wait_for
+from numpy.typing import ArrayLike
 
 from bus.client import Control
-from kernel.abi import FRAME_DTYPE, OP_DTYPE, lib, names
+from bus.runtime import fetch_tables
+from bus.tables import Tables
+from kernel.abi import OP_DTYPE, lib, names
 
 POLICIES = ["clock", "mru", "random", "two_list"]  # in this order: the default is there again at the end
 LARGE = 80  # MiB, in 48 MiB of RAM
@@ -38,8 +42,45 @@ def enclave(small: Enclave) -> Iterator[Enclave]:
     assert s["swap"]["used"] == 0
 
 
+def tables(e: Enclave) -> Tables:
+    return fetch_tables(e.run_dir, lib.SY_C_KSWAPD)
+
+
+@contextlib.contextmanager
+def as_kswapd(e: Enclave) -> Iterator[Callable[..., list[str]]]:
+    """Commits in kswapd's place: commit(op, pfns, order=0, behind=0), with barriers of so many changes ago; the results' names."""
+    frames = tables(e).frames
+    with Control(e.run_dir, 5, "kswapd") as c:
+        c.request(
+            {"t": "hello", "name": "kswapd", "implementation": "x", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()}
+        )
+
+        def commit(op: int, pfns: ArrayLike, order: int = 0, behind: int = 0) -> list[str]:
+            at = np.asarray(pfns)
+            ops = np.zeros(len(at), OP_DTYPE)
+            ops["op"], ops["pfn"], ops["order"] = op, at, order
+            ops["barrier"] = frames["barrier"][at % len(frames)] - behind
+            _, raw = c.exchange({"t": "txn", "name": "kswapd"}, ops.tobytes())
+            return [names("SY_R_")[int(r)] for r in np.frombuffer(raw, OP_DTYPE)["result"]]
+
+        yield commit
+
+
 def swapped(*what: str, mib: int = LARGE) -> list[Any]:
     return [sys.executable, PROGRAMS / "swapped.py", mib, *what]
+
+
+def waiting(e: Enclave, mib: int = LARGE) -> subprocess.Popen[str]:
+    """A program that has filled its memory and looks at all of it until it is told to end."""
+    p = e.popen(swapped("waits", mib=mib))
+    assert p.stdout and p.stdout.readline() == "filled: 0\n"
+    return p
+
+
+def lost_nothing(p: subprocess.Popen[str]) -> None:
+    """Ends it: everything was there."""
+    p.send_signal(signal.SIGTERM)
+    assert p.communicate(timeout=60)[0].splitlines()[-2:] == ["waited: 0", "after waits: 0"]
 
 
 def natively(*what: str) -> str:
@@ -58,21 +99,18 @@ def test_as_natively(enclave: Enclave, what: str) -> None:
 
 
 def test_policies_are_swapped_under_a_program(enclave: Enclave) -> None:
-    p = enclave.popen(swapped("waits"))
-    assert p.stdout and p.stdout.readline() == "filled: 0\n"
+    p = waiting(enclave)
     for policy in POLICIES:
         enclave.cli("swap", "kswapd", policy)
         wait_for(
             lambda: enclave.component("kswapd")["dump"].get("reclaimed", 0) > 1000, 30, f"{policy} reclaims nothing"
         )
-    p.send_signal(signal.SIGTERM)
-    assert p.communicate(timeout=60)[0].splitlines()[-2:] == ["waited: 0", "after waits: 0"]
+    lost_nothing(p)
 
 
 def test_kswapd_killed_stopped_and_gone(enclave: Enclave) -> None:
     """Again and again; and for as long as it is stopped the gateway reclaims by itself."""
-    p = enclave.popen(swapped("waits"))
-    assert p.stdout and p.stdout.readline() == "filled: 0\n"
+    p = waiting(enclave)
     for _ in range(2):
         time.sleep(0.2)
         pid = enclave.component("kswapd")["pid"]
@@ -90,14 +128,12 @@ def test_kswapd_killed_stopped_and_gone(enclave: Enclave) -> None:
         assert enclave.status()["counters"]["evicted_by_gateway"] > before["evicted_by_gateway"] + 1000
     finally:
         os.kill(pid, signal.SIGCONT)
-    p.send_signal(signal.SIGTERM)
-    assert p.communicate(timeout=60)[0].splitlines()[-2:] == ["waited: 0", "after waits: 0"]
+    lost_nothing(p)
 
 
 def test_killed_programs_leave_no_slot(enclave: Enclave) -> None:
     for delay in (0.05, 0.4):
-        p = enclave.popen(swapped("waits"))
-        assert p.stdout and p.stdout.readline() == "filled: 0\n"
+        p = waiting(enclave)
         time.sleep(delay)
         p.kill()
         p.wait(20)
@@ -106,40 +142,33 @@ def test_killed_programs_leave_no_slot(enclave: Enclave) -> None:
 
 def test_no_page_shows_another_programs_bytes(enclave: Enclave) -> None:
     """Two programs out and in at once, then a third looks at what it gets."""
-    two = [enclave.popen(swapped("waits", mib=40)) for _ in range(2)]
-    for p in two:
-        assert p.stdout and p.stdout.readline() == "filled: 0\n"
+    two = [waiting(enclave, 40) for _ in range(2)]
     look = "print(sum(any(bytearray(1 << 20)) for _ in range(30)))"
     assert enclave.run([sys.executable, "-c", look]).stdout == "0\n"
     for p in two:
-        p.send_signal(signal.SIGTERM)
-        assert p.communicate(timeout=60)[0].splitlines()[-1] == "after waits: 0"
+        lost_nothing(p)
 
 
 def test_down_gives_everything_back(root_dir: Path) -> None:
     """sylvie down under a program with pages in the store: it goes on, natively, with all of them."""
     e = bring_up(root_dir / "swd", "--ram", "48M", "--swap", "256M")
-    p = e.popen(swapped("waits", mib=80))
-    assert p.stdout and p.stdout.readline() == "filled: 0\n"
+    p = waiting(e)
     wait_for(lambda: e.status()["swap"]["used"] > 1000, 20, "nothing is in the store")
     swap = e.run_dir / "swap"
     assert (swap.stat().st_mode & 0o777, swap.stat().st_uid) == (0o600, 0)
     e.cli("down")
     assert not swap.exists()
-    p.send_signal(signal.SIGTERM)
-    assert p.communicate(timeout=60)[0].splitlines()[-2:] == ["waited: 0", "after waits: 0"]
+    lost_nothing(p)
 
 
 def test_store_and_ram_full(root_dir: Path) -> None:
     """Then the OOM rule applies: the largest is ended, the other goes on; and a mapping beyond both is ENOMEM."""
     e = bring_up(root_dir / "swf", "--ram", "64M", "--swap", "64M")
     try:
-        small = e.popen(swapped("waits", mib=20))
-        assert small.stdout and small.stdout.readline() == "filled: 0\n"
+        small = waiting(e, 20)
         large = e.popen(swapped("waits", mib=160))
         assert large.wait(60) == -signal.SIGKILL
-        small.send_signal(signal.SIGTERM)
-        assert small.communicate(timeout=60)[0].splitlines()[-1] == "after waits: 0"
+        lost_nothing(small)
         code = (
             "import mmap\ntry: mmap.mmap(-1, 140 << 20, flags=mmap.MAP_PRIVATE)\nexcept OSError as e: print(e.strerror)"
         )
@@ -154,50 +183,55 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
     """Stale, foreign and impossible ones: each with its reason."""
     e = bring_up(root_dir / "swr", "--ram", "64M", "--swap", "64M")
     try:
-        conf = ["-c", str(e.run_dir / "supervisord.conf"), "stop", "kswapd"]
-        subprocess.run(
-            [Path(sys.executable).with_name("supervisorctl"), *conf], check=True, timeout=30, capture_output=True
-        )
+        e.supervisorctl("stop", "kswapd")
         p = e.popen(
             [sys.executable, "-c", "b = bytearray(8 << 20); print('there', flush=True); input()"], stdin=subprocess.PIPE
         )
         assert p.stdout and p.stdout.readline() == "there\n"
-        from bus.runtime import fetch_tables
-
-        tables = fetch_tables(e.run_dir, lib.SY_C_KSWAPD)
-        frames: Any = tables.frames
-        assert frames.dtype == FRAME_DTYPE
+        frames = tables(e).frames
         mapped = np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)
         free = np.flatnonzero(frames["state"] == lib.SY_FRAME_FREE)
         before = e.status()["frames"]
-        with Control(e.run_dir, 5, "kswapd") as c:
-            c.request(
-                {"t": "hello", "name": "kswapd", "implementation": "x", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()}
-            )
-            ops = np.zeros(5, OP_DTYPE)
-            ops["op"] = lib.SY_OP_RECLAIM
-            ops["pfn"] = [free[0], mapped[0], mapped[0], len(frames), mapped[1]]
-            ops["order"] = [0, 0, 11, 0, 0]
-            ops["barrier"] = frames["barrier"][ops["pfn"] % len(frames)]
-            ops["barrier"][1] += 1
-            ops["op"][4] = lib.SY_OP_GRANT
-            _, raw = c.exchange({"t": "txn", "name": "kswapd"}, ops.tobytes())
-            results = [names("SY_R_")[int(r)] for r in np.frombuffer(raw, OP_DTYPE)["result"]]
-        assert results == ["STALE", "STALE", "INVALID", "INVALID", "NOT_PERMITTED"]
+        with as_kswapd(e) as commit:
+            assert commit(lib.SY_OP_RECLAIM, free[:1]) == ["STALE"]
+            assert commit(lib.SY_OP_RECLAIM, mapped[:1], behind=1) == ["STALE"]
+            assert commit(lib.SY_OP_RECLAIM, mapped[:1], order=11) == ["INVALID"]
+            assert commit(lib.SY_OP_RECLAIM, [len(frames)]) == ["INVALID"]
+            assert commit(lib.SY_OP_GRANT, mapped[1:2]) == ["NOT_PERMITTED"]
         assert e.status()["frames"] == before and e.status()["swap"]["used"] == 0
         p.communicate("\n", timeout=20)
     finally:
         take_down(e)
 
 
+def test_frames_are_aged_without_a_store(root_dir: Path) -> None:
+    """Who watches what is in use needs none: a touch after AGE is a PAGE_HINT, and nothing is lost."""
+    e = bring_up(root_dir / "swa", "--ram", "64M")
+    try:
+        e.supervisorctl("stop", "kswapd")
+        p = waiting(e, 20)
+        frames, gateway = tables(e).frames, e.gateway_pid()
+        with as_kswapd(e) as commit:
+            results = set()
+            for _ in range(20):
+                results |= {*commit(lib.SY_OP_AGE, np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)[:4096])}
+                aged = int(np.count_nonzero(frames["flags"] & lib.SY_FF_AGED))
+            wait_for(lambda: np.count_nonzero(frames["flags"] & lib.SY_FF_AGED) < aged, 20, "no touch shows")
+            assert {*commit(lib.SY_OP_RECLAIM, np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)[:10])} == {"FULL"}
+        assert "COMPLETE" in results and results <= {"COMPLETE", "STALE", "BUSY"}
+        lost_nothing(p)
+        assert e.gateway_pid() == gateway
+        e.check()
+    finally:
+        take_down(e)
+
+
 def test_a_stopped_program_does_not_hold_up_others(enclave: Enclave) -> None:
     """It executes nothing, so what is asked of it does not leave: another's pages do, and its own are all there afterwards."""
-    stopped = enclave.popen(swapped("waits", mib=30))
-    assert stopped.stdout and stopped.stdout.readline() == "filled: 0\n"
+    stopped = waiting(enclave, 30)
     os.kill(stopped.pid, signal.SIGSTOP)
     try:
         assert enclave.run(swapped(mib=30), timeout=60).stdout == "filled: 0\n"
     finally:
         os.kill(stopped.pid, signal.SIGCONT)
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.communicate(timeout=60)[0].splitlines()[-1] == "after waits: 0"
+    lost_nothing(stopped)

@@ -25,7 +25,7 @@ class Policy(ReclaimPolicy):
     def page_hint(self, events: NDArray[np.void]) -> None:
         """The frame table has the bit; the event only says that it has changed."""
 
-    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
         turned = np.roll(candidates, -int(np.searchsorted(candidates, self.hand)))
         aged = self.frames["flags"][turned] & lib.SY_FF_AGED != 0
         leaving = turned[aged][:count]
@@ -33,7 +33,4 @@ class Policy(ReclaimPolicy):
         self.txn.add(lib.SY_OP_AGE, np.sort(passed), 0)
         if len(passed):
             self.hand = int(passed[-1]) + 1
-        # Nobody had an unset bit: better a frame that may be in use than none at all.
-        return (
-            leaving if len(leaving) or self.header.watermark[0].free > self.header.watermark[0].min else passed[:count]
-        )
+        return passed[:count] if short and not len(leaving) else leaving  # nobody had an unset bit

@@ -14,6 +14,6 @@ SPARED = 64  # the newest frames: whoever has just touched them is still at work
 class Policy(ReclaimPolicy):
     """mru: what came last leaves first, but for the very newest."""
 
-    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
         old = candidates[self.stamp[candidates] < self.clock - SPARED]
         return oldest(-self.stamp, old, count) if len(old) else candidates[:0]

@@ -13,5 +13,5 @@ class Policy(ReclaimPolicy):
 
     _random = np.random.default_rng(0)
 
-    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
         return self._random.choice(candidates, min(count, len(candidates)), replace=False)

@@ -53,8 +53,9 @@ class ReclaimPolicy(BasePolicy):
         """Wakes ``step()``; the numbers are in the header."""
 
     # ---- what to do ----
-    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """At most ``count`` of ``candidates`` (pfns of frames that may be reclaimed, ascending) to reclaim now."""
+    def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
+        """At most ``count`` of ``candidates`` (pfns of a node's frames that may be reclaimed, ascending) to reclaim now.
+        ``short``: the node is at its min watermark; better a frame that may be in use than none."""
         raise NotImplementedError
 
     def wanted(self, node: int) -> int:
@@ -62,6 +63,8 @@ class ReclaimPolicy(BasePolicy):
         mark = self.header.watermark[node]
         if mark.free < mark.low:
             self.awake[node] = True
+        if not self.awake[node]:
+            return 0
         base, size = self.nodes[node]
         leaving = int(np.count_nonzero(self.frames["flags"][base : base + size] & lib.SY_FF_SWAPPING))
         if time.monotonic() > max(self.left_at, self.asked_at) + STUCK:
@@ -69,7 +72,7 @@ class ReclaimPolicy(BasePolicy):
         missing = int(mark.high) - int(mark.free) - leaving
         if missing <= 0:
             self.awake[node] = False
-        return min(missing, BATCH) if self.awake[node] else 0
+        return min(missing, BATCH)
 
     def asleep(self) -> bool:
         """Without a store nothing can leave."""
@@ -84,7 +87,8 @@ class ReclaimPolicy(BasePolicy):
                 continue
             part = self.frames[base : base + size]
             ours = (part["state"] == MAPPED) & (part["flags"] & lib.SY_FF_SWAPPING == 0)
-            chosen = self.victims(base + np.flatnonzero(ours), count)
+            mark = self.header.watermark[node]
+            chosen = self.victims(base + np.flatnonzero(ours), count, bool(mark.free <= mark.min))
             self.reclaimed += len(chosen)
             self.asked_at = time.monotonic()
             self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0)

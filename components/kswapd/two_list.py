@@ -42,7 +42,7 @@ class Policy(ReclaimPolicy):
         super().arrived(pfns)
         self.active[pfns] = True
 
-    def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
         active = self.active[candidates]
         inactive, hot = candidates[~active], candidates[active]
         if len(inactive) < len(hot):
@@ -54,9 +54,7 @@ class Policy(ReclaimPolicy):
         aged = self.frames["flags"][tail] & lib.SY_FF_AGED != 0
         self.txn.add(lib.SY_OP_AGE, np.sort(tail[~aged]), 0)
         leaving = oldest(self.stamp, tail[aged], count)
-        # None has lost its bit yet: wait for it, unless memory is really short.
-        mark = self.header.watermark[0]
-        return leaving if len(leaving) or mark.free > mark.min else oldest(self.stamp, tail, count)
+        return oldest(self.stamp, tail, count) if short and not len(leaving) else leaving  # none has lost its bit yet
 
     def dump(self) -> dict[str, Any]:
         if self.asleep():

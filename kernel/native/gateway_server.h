@@ -349,9 +349,9 @@ static struct as *as_of_process(struct sy_gateway *g, pid_t pid) {
   return NULL;
 }
 /* What becomes native must fit into the machine beside the enclave's RAM, which stays as large as it is. */
-static int fits_machine(struct sy_gateway *g, uint64_t bytes) {
+static int fits_machine(struct sy_gateway *g, const struct as *a) {
   char b[512], *q = strstr(read_proc(g, "/proc/meminfo", b, sizeof b), "MemAvailable:");
-  return !q || strtoull(q + 13, NULL, 10) * 1024 > bytes + SY_MACHINE_KEEPS;
+  return !q || strtoull(q + 13, NULL, 10) * 1024 > (a->mapped + a->swapped) * PS + SY_MACHINE_KEEPS;
 }
 /* Queues a command. listener NULL: nobody waits for it. -1: no memory. */
 static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, const uint64_t *args, struct conn *listener, uint64_t notif_id) {
@@ -433,7 +433,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   }
   struct as *a = as_of_process(g, pid);
   if (ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &u.n.id)) return answer_notif(lc, u.n.id, 0, 0, 1); /* killed meanwhile: the number is anybody's */
-  if (a && release && !fits_machine(g, (a->mapped + a->swapped) * PS))
+  if (a && release && !fits_machine(g, a))
     answer_notif(lc, u.n.id, 0, -ENOMEM, 0);
   else if (!a || command(g, a, release ? SY_CMD_RELEASE : SY_CMD_SYSCALL, nr, (const uint64_t *)u.n.data.args, lc, u.n.id)) {
     count(g, SY_CNT_CONTINUED, 1);
@@ -478,9 +478,8 @@ static void poke(struct sy_gateway *g) {
 }
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
-  int order = a->starving - 1, full = mag_level(a, order) >= SY_MAG_SLOTS; /* then it does not want for anything */
-  if (full) bad(g, a);
-  uint32_t got = full ? 1 : refill(g, a, order);
+  int order = a->starving - 1;
+  uint32_t got = mag_level(a, order) >= SY_MAG_SLOTS ? 1 : refill(g, a, order); /* (buddy may have filled it since it asked) */
   for (int o = order; o >= 0 && !got; o--) got = mag_level(a, o); /* buddy was quicker */
   if (!got && drain_magazines(g)) got = refill(g, a, order);
   if (!got) {
@@ -567,8 +566,9 @@ static void send_evictions(struct sy_gateway *g) {
     struct as *a = find_as(g, r.asid);
     uint64_t args[6] = {r.vpage, r.pfn, r.n};
     pthread_mutex_unlock(&g->lock);
-    if (a && !a->dying) command(g, a, SY_CMD_EVICT, (int)r.flag, args, NULL, 0);
+    int told = a && !a->dying && command(g, a, SY_CMD_EVICT, (int)r.flag, args, NULL, 0) == 0;
     pthread_mutex_lock(&g->lock);
+    if (!told) stays(g, r);
   }
   pthread_mutex_unlock(&g->lock);
 }
@@ -609,7 +609,7 @@ static void poked(struct sy_gateway *g, struct conn *c) {
     int want = g->as[i]->want_release;
     g->as[i]->want_release = 0;
     pthread_mutex_unlock(&g->lock);
-    if (want && !g->as[i]->dying && fits_machine(g, (g->as[i]->mapped + g->as[i]->swapped) * PS)) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
+    if (want && !g->as[i]->dying && fits_machine(g, g->as[i])) command(g, g->as[i], SY_CMD_RELEASE, 0, NULL, NULL, 0);
   }
 }
 
@@ -665,8 +665,8 @@ int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes) {
   if (!slots || slots > 0x10000000) return -EINVAL;
   g->swap_fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
   if (g->swap_fd < 0) return -errno;
-  g->slot = calloc(slots, sizeof *g->slot), g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store);
-  if (!g->slot || !g->evict || !g->store || ftruncate(g->swap_fd, (off_t)(slots * PS))) return -ENOMEM;
+  g->slot = calloc(slots, sizeof *g->slot);
+  if (!g->slot || ftruncate(g->swap_fd, (off_t)(slots * PS))) return -ENOMEM;
   g->hdr->slots = (uint32_t)slots;
   return 0;
 }
@@ -969,7 +969,8 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev)
+  g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store);
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->evict || !g->store)
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};

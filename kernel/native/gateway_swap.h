@@ -1,7 +1,7 @@
 /* gateway, part: pages that leave for the store and come back; see stub_swap.h for the protocol of a page's word.
  *
  * Three threads: the server sends EVICT and serves swap-ins; the store thread writes what was taken away; both, and commits from Python, hold
- * the lock for tables, and never for I/O. A slot that is being read or written belongs to BUSY meanwhile, so nobody frees or gives it. */
+ * the lock for tables, and not for I/O (but for fetch(), which a fork waits for). A slot that is being read or written belongs to BUSY meanwhile, so nobody frees or gives it. */
 #define BUSY 0xffffffffu
 #define STORE_PATIENCE_NS 2000000000ull /* who waits for frames waits so long for the next page to leave, before the OOM rule applies */
 
@@ -85,11 +85,20 @@ static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
   count(g, SY_CNT_EVICTED_BY_GATEWAY, got);
   return got;
 }
+/* Under lock: a frame does not leave after all. */
+static void stay(struct sy_gateway *g, struct sy_frame *f) {
+  if (f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--;
+}
+static void stays(struct sy_gateway *g, struct run r) {
+  for (uint32_t i = 0; r.flag == SY_FF_SWAPPING && i < r.n; i++)
+    if (g->frames[r.pfn + i].asid == r.asid) stay(g, &g->frames[r.pfn + i]);
+}
 /* Server thread: what has been taken away goes to the store thread. */
 static void evicted(struct sy_gateway *g, struct run r) {
   if (r.flag == SY_FF_AGED) return;
   pthread_mutex_lock(&g->lock);
-  g->store[g->store_head++ % EVICT_RING] = r;
+  if (g->store_head - g->store_tail == EVICT_RING) stays(g, r); /* commands may come back all at once; a touch finds the page where it was */
+  else g->store[g->store_head++ % EVICT_RING] = r;
   pthread_cond_signal(&g->store_work);
   pthread_mutex_unlock(&g->lock);
 }
@@ -122,7 +131,7 @@ static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64
     slot_free(g, slot);
   }
   count(g, error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
-  if (f->barrier == barrier && f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--;
+  if (f->barrier == barrier) stay(g, f);
 }
 /* The next run of those taken away, under lock. 0: there is none. */
 static int store_next(struct sy_gateway *g) {

@@ -134,7 +134,7 @@ static long emulate(long nr, long *a) {
     return ready(mode == FORKED && (uint64_t)a[0] > brk_cur ? (uint64_t)a[0] - brk_cur : 0) ? do_brk((uintptr_t)a[0]) : brk_unmanaged((uintptr_t)a[0]);
   }
   if (mode != MANAGED) /* FORKED or NATIVE: what is in the arena is the kernel's */
-    return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+    return straight_on(nr, a);
   /* more than the arena: no such range is mapped (and no sum below may wrap) */
   if (nr != __NR_mmap && nr != __NR_brk && ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE)))
     return nr == __NR_munmap || (nr == __NR_mremap && (uint64_t)a[1] > SY_ARENA_SIZE) || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
@@ -144,7 +144,7 @@ static long emulate(long nr, long *a) {
   case __NR_mprotect: case __NR_pkey_mprotect: case __NR_madvise: case __NR_mincore: case __NR_mlock: case __NR_mlock2: case __NR_munlock: return in_parts(nr, a);
   case __NR_mseal: return -EPERM;
   }
-  return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+  return straight_on(nr, a);
 }
 
 /* Registers of the thread at the system call site, as sy_entry pushed them. */
@@ -180,19 +180,19 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
   r->new_sp = 0;
   /* For good; and the program may have forbidden itself what would be done here (seccomp). */
   if (LOAD(mode) == NATIVE && nr != __NR_execve && nr != __NR_execveat && nr != __NR_clone && nr != __NR_fork && nr != __NR_brk && nr != __NR_exit)
-    return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+    return straight_on(nr, a);
   switch (nr) { /* what is none of our business goes straight on */
   case __NR_execve: case __NR_execveat: return exec_managed(nr, r);
   case __NR_exit: return exit_thread(a[0]);
   case __NR_mmap:
-    if (not_ours(a)) return sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+    if (not_ours(a)) return straight_on(nr, a);
     break;
   case __NR_brk: case __NR_clone: case __NR_fork: break;
   default:
     if (nr == __NR_munmap && (uint64_t)a[0] < SY_ARENA_START && (uint64_t)a[0] + (uint64_t)a[1] > SY_ARENA_START && mode == MANAGED) return -EINVAL;
     /* a key is a property of the kernel's mapping: unmarked, so that the gateway has the memory made the kernel's first */
     if (nr == __NR_pkey_mprotect && IN_ARENA(a[0]) && (int)a[3] != -1 && mode == MANAGED) return sys6(nr, a[0], a[1], a[2], a[3], 0, 0);
-    if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+    if (!IN_ARENA(a[0]) && !(nr == __NR_mremap && (a[3] & MREMAP_FIXED) && IN_ARENA(a[4]) && mode == MANAGED)) return straight_on(nr, a);
   }
   SYS(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &all, &old, 8, 0);
   lock();
@@ -259,7 +259,7 @@ static long exec_managed(long nr, struct regs *r) {
   long *a = r->a;
   char **env = (char **)(nr == __NR_execve ? a[2] : a[3]);
   size_t n = 0;
-  if (mode == OFF) return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+  if (mode == OFF) return straight_on(nr, a);
   if (LOAD(mode) == NATIVE) /* it may have forbidden itself to ask */
     while (env && env[n]) n++;
   else if (env) {
@@ -267,7 +267,7 @@ static long exec_managed(long nr, struct regs *r) {
     if (there < 0) return there;
     n = (size_t)there;
   }
-  if (n > 30000) return SYS(nr, a[0], a[1], a[2], a[3], a[4]); /* beyond any sane stack: natively */
+  if (n > 30000) return straight_on(nr, a); /* beyond any sane stack: natively */
   /* A small stack may be all there is (posix_spawn's child has 32 KiB): much goes elsewhere, and below vfork stays with the parent. */
   char *mark = mark_env, *few[n > 2000 ? 1 : n + 3], **out = few, pre[sizeof preload_env + 1024];
   uint64_t much = n > 2000 ? UP((n + 3) * sizeof *out) : 0;
@@ -288,7 +288,7 @@ static long exec_managed(long nr, struct regs *r) {
     if (starts(env[i], "LD_PRELOAD=")) {
       if (len(env[i]) > 1000) {
         if (much) SYS(__NR_munmap, out, much, 0, 0, 0);
-        return SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+        return straight_on(nr, a);
       }
       if (!starts(env[i] + 11, stub_path)) append(pre, sizeof pre, ":"), append(pre, sizeof pre, env[i] + 11);
       continue;

@@ -83,7 +83,7 @@ static void lock_back(uint64_t p, uint64_t n) {
 static int lock_present(uint64_t p, uint64_t pfn) {
   word_t x = LOAD(pte[p]);
   return (x & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && x >> SY_PTE_PFN_SHIFT == pfn &&
-         CAS(pte[p], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
+         CAS(pte[p], &x, locked(x));
 }
 static int may(uint8_t a, int write) { return (a & (A_MAPPED | A_FOREIGN | A_KEPT)) == A_MAPPED && (A_PROT(a) & (write ? PROT_WRITE : PROT_READ | PROT_WRITE | PROT_EXEC)); }
 
@@ -150,14 +150,11 @@ static void first_touch(int me, uint64_t p, int write) {
       STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME | keep);
     }
     STORE(ctl->in_hand[me], SY_NO_FRAME);
-    uint32_t nd = node_of(pfn);
-    long r = sys_mmap(VA(first), use * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
-    if (r < 0 && r > -4096) { /* too many mappings, or no memory for page tables: the frames go back, the page goes native */
+    if (map_frames(first, pfn, use, prot) < 0) { /* too many mappings, or no memory for page tables: the frames go back, the page goes native */
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_LOCKED | (LOAD(pte[first + i]) & SY_PTE_STALE));
       post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, use, 0, 0, 1);
       native = 1;
     } else {
-      uffd_register(first, use, UFFD_FRAME);
       post(SY_MSG_PAGE_MAPPED, first, pfn, use, o < order ? o : order, 0, 0);
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
       __atomic_fetch_add(&ctl->pages_mapped, use, __ATOMIC_RELAXED);
@@ -295,25 +292,26 @@ static int needs_release(long nr, const long *a) {
   return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
 }
 
+/* A holder of mm_lock may be waiting for us: serve it meanwhile. */
+static void lock_and_serve(void) {
+  while (!trylock())
+    if (!serve_request()) nap(20);
+}
 static void run_command(const volatile struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
   for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
   if (c->op == SY_CMD_SYSCALL) {
-    /* A holder of mm_lock may be waiting for us: serve it meanwhile. */
-    while (!trylock())
-      if (!serve_request()) nap(20);
+    lock_and_serve();
     r = emulate(c->nr, a);
     unlock();
   } else if (c->op == SY_CMD_EVICT) {
-    while (!trylock())
-      if (!serve_request()) nap(20);
+    lock_and_serve();
     r = mode == MANAGED ? evict_for_store((uint64_t)a[0], (uint64_t)a[1], (uint64_t)a[2]) : 0;
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
     if (needs_release(c->nr, a)) {
-      while (!trylock())
-        if (!serve_request()) nap(20);
+      lock_and_serve();
       r = release_all();
       unlock();
       if (!r) end_threads();

@@ -5,6 +5,18 @@ static uint32_t node_of(uint32_t pfn) {
   while (nd + 1 < nodes && pfn >= node[nd + 1].base) nd++;
   return nd;
 }
+/* The kernel shall do it. */
+static long straight_on(long nr, const long *a) {
+  return nr == __NR_mmap ? sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]) : SYS(nr, a[0], a[1], a[2], a[3], a[4]);
+}
+/* Frames [pfn, pfn + n) at p, in one step for whoever touches it. */
+static long map_frames(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+  uint32_t nd = node_of(pfn);
+  long r = sys_mmap(VA(p), n * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+  if (r < 0 && r > -4096) return r;
+  uffd_register(p, n, UFFD_FRAME);
+  return 0;
+}
 /* Pages that a forked child inherited are the kernel's own (see stub_fork.h). */
 static int is_native(uint64_t p) { return p < SY_BRK_PAGES ? p < brk_floor : p < mmap_floor; }
 static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
@@ -63,12 +75,16 @@ static void touched_meanwhile(uint64_t p, uint64_t n) {
 
 /* A range whose mapping is about to be replaced is parked: a first touch waits (it looks again and again) until it has been; what is
  * there can be touched until then. */
+/* After a change of attr: until the faults that decided on the old one are through. */
+static void wait_locked(uint64_t p, uint64_t n) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end))
+    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+}
 static void park(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
     if (attr[i]) attr[i] |= A_KEPT;
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) /* faults that decided on the old attr */
-    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+  wait_locked(p, n);
 }
 static void unpark(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
@@ -129,17 +145,10 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
       if (w & SY_PTE_HASFRAME) post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
       else post(SY_MSG_SLOT_FREED, i, SY_NO_FRAME, k, 0, w >> SY_PTE_PFN_SHIFT, 0);
     } else {
-      if (mapped_over) {
-        for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE);
-        __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
-        post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
-        i += k;
-        continue;
-      }
-      if (w & W_KPROT) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
+      if ((w & W_KPROT) && !mapped_over) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
       /* EINVAL: the program locked it (mlockall of its own) */
-      if (SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0) == -EINVAL) SYS(__NR_madvise, VA(i), k * PS, 24 /* MADV_DONTNEED_LOCKED */, 0, 0);
-      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | SY_PTE_STALE);
+      if (!mapped_over && SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0) == -EINVAL) SYS(__NR_madvise, VA(i), k * PS, 24 /* MADV_DONTNEED_LOCKED */, 0, 0);
+      for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | (mapped_over ? 0 : SY_PTE_STALE));
       __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
       post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
     }
@@ -315,9 +324,7 @@ static int keep(uint64_t p, uint64_t n) {
   if (!some) return 0; /* nothing in it: unmapping costs nothing */
   while (kept_count == sizeof kept / sizeof *kept || kept_pages + n > KEEP_TOTAL) drop_kept(0);
   memset(attr + p, A_KEPT, n);
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) /* faults that decided on the old attr */
-    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+  wait_locked(p, n);
   if (SYS(__NR_mprotect, VA(p), n * PS, PROT_NONE, 0, 0) < 0) {
     memset(attr + p, A_OF(RW), n);
     return 0;
@@ -436,7 +443,7 @@ static void not_replaced(uint64_t p, uint64_t n) {
 /* A mapping of the program's own (a file, shared memory, code) put into the arena by MAP_FIXED. */
 static long map_foreign(uint64_t p, uint64_t n, long *a) {
   park(p, n);
-  long r = sys_mmap((uintptr_t)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], (uint64_t)a[5]);
+  long r = straight_on(__NR_mmap, a);
   if (r < 0 && r > -4096) return not_replaced(p, n), r;
   drop_content(p, n, (int)a[2]);
   hole_cut(p, n);
@@ -621,7 +628,7 @@ static long move_request(void *arg) {
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
       if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k || ((x ^ w) & SY_PTE_MLOCKED)) break;
-      if (!CAS(pte[i + k], &x, (x & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME)) break;
+      if (!CAS(pte[i + k], &x, locked(x))) break;
       k++;
     }
     STORE(chunks[j / SY_CHUNK_PAGES], 1);
@@ -633,13 +640,11 @@ static long move_request(void *arg) {
       lost += (found[x] & SY_PTE_STATE_MASK) == SY_PTE_NATIVE;
     }
     if (st == SY_PTE_PRESENT) {
-      uint32_t nd = node_of(pfn);
-      long r = sys_mmap(VA(j), k * PS, m->prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
-      if (r < 0 && r > -4096) {
+      long r = map_frames(j, pfn, k, m->prot);
+      if (r < 0) {
         for (uint64_t x = 0; x < k; x++) word_unlock(j + x, found[x]), word_unlock(i + x, (LOAD(pte[i + x]) & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_PRESENT);
         return m->done = i - m->p, r;
       }
-      uffd_register(j, k, UFFD_FRAME);
       post(SY_MSG_PAGE_MOVED, j, pfn, k, 0, 0, 0);
       for (uint64_t x = 0; x < k; x++) word_unlock(j + x, ((word_t)(pfn + x) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | flag);
       SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);

@@ -46,13 +46,6 @@ static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint
   return (int)mag->store_error[waiter];
 }
 
-static long map_frames(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
-  uint32_t nd = node_of(pfn);
-  long r = sys_mmap(VA(p), n * PS, prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
-  if (r < 0 && r > -4096) return r;
-  uffd_register(p, n, UFFD_FRAME);
-  return 0;
-}
 static void back_again(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
   __atomic_fetch_add(&ctl->pages_mapped, n, __ATOMIC_RELAXED);
   __atomic_fetch_sub(&ctl->pages_swapped, n, __ATOMIC_RELAXED);
