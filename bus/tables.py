@@ -69,6 +69,24 @@ def buddyinfo(counts: list[list[int]]) -> str:
     return "\n".join(lines)
 
 
+def slabinfo(caches: list[dict[str, int]]) -> str:
+    """The store's ``struct sy_slab_info`` in the form of /proc/slabinfo (mm/slab_common.c)."""
+    head = (
+        "slabinfo - version: 2.1\n"
+        "# name            <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab>"
+        " : tunables <limit> <batchcount> <sharedfactor> : slabdata <active_slabs> <num_slabs> <sharedavail>"
+    )
+    rows = []
+    for c in caches:
+        slabs = max(1, c["slabs"])
+        rows.append(
+            f"{'zpage-' + str(c['size']):<17} {c['active']:6d} {c['objects']:6d} {c['size']:6d} "
+            f"{c['objects'] // slabs:4d} {c['frames'] // slabs:4d} : tunables    0    0    0 "
+            f": slabdata {c['slabs']:6d} {c['slabs']:6d}      0"
+        )
+    return "\n".join([head, *rows])
+
+
 def frames_by_state(frames: NDArray[np.void]) -> dict[str, int]:
     """Number of frames in each state, and their ``total``."""
     counts = np.bincount(frames["state"], minlength=len(FRAME_STATES))

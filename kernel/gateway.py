@@ -6,7 +6,7 @@ fault noticing.
 
 Requests are a msgpack map ``{"t": KIND, ...}``, answered by ``{"ok": true, ...}`` or ``{"ok": false, "error": why}``; a
 ``rid`` is handed back. KIND is one of, from components: ``hello sync txn heartbeat goodbye``; from the command line:
-``status check buddyinfo fault-order low release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
+``status check buddyinfo slabinfo fault-order low release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bus import codec, keys
 from bus.client import EVENTS, HIGH_WATER, REQUESTS, endpoint
 from bus.codec import BusError
 from bus.keys import COMPONENT_IDS
-from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks
+from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks, slabinfo
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
 from kernel import host
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
@@ -96,7 +96,7 @@ class Gateway:
 
     :param run_dir: existing directory, with keys; the sockets appear in it
     :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native",
-        "swap": bytes of the swap file, 0 for none,
+        "swap": bytes of the swap file, 0 for none, "pool": share of RAM for compressed pages before it, 0 to 1,
         "users": [uid beside root whose programs may join, …]}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
@@ -124,7 +124,8 @@ class Gateway:
             raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
         lib.sy_gw_set_oom(self.gw, OOM[oom])
         swap = codec.field(config, "swap", int) if config.get("swap") else 0
-        if swap and (error := -lib.sy_gw_set_swap(self.gw, str(run_dir / "swap").encode(), swap)):
+        pool = int(lib.sy_gw_frames(self.gw) * codec.field(config, "pool", float)) if "pool" in config else 0
+        if swap and (error := -lib.sy_gw_set_swap(self.gw, str(run_dir / "swap").encode(), swap, pool)):
             raise BusError(f"no swap file of {swap >> 20} MiB in {run_dir}: {os.strerror(error)}")
         users = codec.field(config, "users", list) if "users" in config else []
         for uid in users:
@@ -464,7 +465,10 @@ class Gateway:
             "frames": frames_by_state(self.tables.frames),
             "populated": header.populated,
             "nodes": [{"base": base, "frames": size} for base, size in self.tables.nodes],
-            "swap": {"slots": header.slots, "used": header.slots_used},
+            "swap": {
+                "slots": header.slots, "used": header.slots_used,
+                "pool_frames": header.pool_frames, "pool_max": header.pool_max,
+            },
             "address_spaces": self._address_spaces(),
             "reserve": _by_order(levels),
             "refusals": dict(self.refusals),
@@ -494,6 +498,13 @@ class Gateway:
         /proc/buddyinfo."""
         counts = free_blocks(self.tables.frames, self.tables.nodes)
         return {"nodes": counts, "text": buddyinfo(counts)}
+
+    def request_slabinfo(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """The compressed pages' caches: ``caches``, and ``text`` in the form of /proc/slabinfo."""
+        info = np.zeros(lib.SY_SLAB_CACHES, dtype_of("struct sy_slab_info"))
+        lib.sy_gw_slabinfo(self.gw, ffi.from_buffer("struct sy_slab_info[]", info))
+        caches = [{name: int(row[name]) for name in info.dtype.names or ()} for row in info]
+        return {"caches": caches, "text": slabinfo(caches)}
 
     def request_fault_order(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
         """Sets the order of first touches: ``asid`` (0: new address spaces), ``order``, ``max_order``."""

@@ -70,6 +70,12 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 )
 @click.option("--swap", default="0", show_default=True, help="Size of the swap file in the run directory; 0 for none.")
 @click.option(
+    "--pool",
+    default="50%",
+    show_default=True,
+    help="Share of RAM that compressed pages may take before the swap file gets them; 0% for none.",
+)
+@click.option(
     "--user",
     "users",
     multiple=True,
@@ -85,6 +91,7 @@ def up(
     implementation: tuple[str, ...],
     oom: str,
     swap: str,
+    pool: str,
     users: tuple[str, ...],
     run_dir: str | None,
 ) -> None:
@@ -92,6 +99,7 @@ def up(
 
     \b
     Example: sylvie up --ram 4G --nodes 2 --user www-data
+             sylvie up --ram 1G --swap 4G --pool 25%
     """
     from sylvie import life
 
@@ -100,6 +108,7 @@ def up(
         "nodes": nodes,
         "oom": oom,
         "swap": life.parse_size(swap) if swap != "0" else 0,
+        "pool": life.parse_share("--pool", pool),
         "users": life.parse_users(users),
     }
     life.up(chosen(ctx, run_dir), settings, life.parse_implementations(implementation))
@@ -162,6 +171,21 @@ def buddyinfo(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
     from sylvie import show
 
     show.buddyinfo(chosen(ctx, run_dir), as_json)
+
+
+@cli.command()
+@json_option
+@run_dir_option
+@click.pass_context
+def slabinfo(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
+    """Compressed pages of the swap store by size, in the form of /proc/slabinfo.
+
+    \b
+    Example: sylvie slabinfo
+    """
+    from sylvie import show
+
+    show.slabinfo(chosen(ctx, run_dir), as_json)
 
 
 @cli.command()

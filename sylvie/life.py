@@ -36,6 +36,14 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_share(option: str, text: str) -> float:
+    """0 to 1, of "25%". :raises Problem: anything else"""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip())
+    if not m or float(m[1]) > 100:
+        raise Problem(f"{option} {text}: give a share from 0% to 100%, such as 25%")
+    return float(m[1]) / 100
+
+
 def implementations(component: str) -> list[str]:
     """Names of the policies of a component: the modules of its folder that define ``Policy``."""
     files = sorted((COMPONENTS / component).glob("*.py"))

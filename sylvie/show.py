@@ -59,7 +59,8 @@ def status(run_dir: Path, as_json: bool) -> None:
         c = s["counters"]
         out.print(
             f"[bold]swap[/] {size(s['swap']['used'])} of {size(s['swap']['slots'])}; pages out {c['swapped_out']}, in again {c['swapped_in']}, "
-            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}"
+            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}; "
+            f"compressed pages take {size(s['swap']['pool_frames'])} of {size(s['swap']['pool_max'])}"
         )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
     t = Table(
@@ -88,6 +89,12 @@ def buddyinfo(run_dir: Path, as_json: bool) -> None:
     """Free blocks per node and order."""
     answer = control(run_dir, {"t": "buddyinfo"})
     print(json.dumps(answer["nodes"]) if as_json else answer["text"].rstrip())
+
+
+def slabinfo(run_dir: Path, as_json: bool) -> None:
+    """Compressed pages by size."""
+    answer = control(run_dir, {"t": "slabinfo"})
+    print(json.dumps(answer["caches"]) if as_json else answer["text"])
 
 
 def check(run_dir: Path, as_json: bool) -> None:

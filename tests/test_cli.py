@@ -80,7 +80,7 @@ def test_bad_implementation(root_dir: Path, chosen: str) -> None:
     assert not (root_dir / "bad").exists()
 
 
-@pytest.mark.parametrize("command", [["status"], ["buddyinfo"], ["check"], ["events"], ["swap", "buddy", "next_fit"]])
+@pytest.mark.parametrize("command", [["status"], ["buddyinfo"], ["slabinfo"], ["check"], ["events"], ["swap", "buddy", "next_fit"]])
 def test_nothing_up(root_dir: Path, command: list[str]) -> None:
     done = call("--run-dir", root_dir / "none", *command)
     assert done.returncode == 1 and f"sylvie --run-dir {root_dir / 'none'} up" in done.stderr

@@ -61,7 +61,7 @@ enum sy_msg_type {
   SY_MSG_FRAMES_TAKEN = 217,  /* pfn, order, npages: the gateway's own first-fit allocator took FREE frames; asid or 0 */
   SY_MSG_PAGE_MOVED = 218,    /* stub -> gateway: mremap; pfn, npages; vpage = new */
   SY_MSG_MM_RELEASE = 220,    /* asid; arg = the system call that needs it, or 0: asked for. The address space turns native */
-  SY_MSG_SLOT_FREED = 221,    /* stub -> gateway: vpage, npages, arg = first slot: unmapped while swapped out */
+  SY_MSG_SLOT_FREED = 221,    /* stub -> gateway: vpage, npages, arg = first slot: unmapped while swapped out (pfn none), or fetched into frame pfn */
   SY_MSG_SLOT_MOVED = 222,    /* stub -> gateway: vpage = new, arg = slot: mremap */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
@@ -93,6 +93,7 @@ enum sy_frame_state {
   SY_FRAME_STATES = 8
 };
 #define SY_FF_ZERO 1     /* content is known to be zero */
+#define SY_FF_SLAB 8     /* RESERVED: holds compressed pages */
 #define SY_FF_AGED 4     /* taken away by AGE and not touched since: Linux's page without an accessed bit */
 #define SY_FF_SWAPPING 2 /* on its way out: taken away from the program, or about to be, and not stored yet */
 
@@ -225,11 +226,20 @@ struct sy_header {
   struct sy_watermarks watermark[SY_MAX_NODES];
   uint32_t slots;                    /* of the swap store, pages; 0 = none */
   uint32_t slots_used;
+  uint32_t pool_max;                 /* frames that compressed pages may take */
+  uint32_t pool_frames;              /* … and take now */
 };
 #define SY_HEADER_BYTES 4096
 /* When a page is touched and nothing is left: its program gets native memory; or, as Linux does it, the program with the most frames
  * is ended (and a mapping larger than the enclave is refused). */
 enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
+/* One page in the swap store; an array of these is a memfd that the gateway writes and stubs read. While a page-table word names a slot it
+ * stays as it is, so a stub may fetch the page by itself from the RAM file: size bytes (an LZ4 block; 8: a word that is repeated) at offset from
+ * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has. */
+struct sy_stored { uint32_t asid; uint32_t vpage; uint32_t out; uint32_t pfn; uint32_t offset; uint32_t size; };
+#define SY_PACKED_MAX 3264           /* what does not get smaller than this is not worth it */
+#define SY_SLAB_CACHES 23
+struct sy_slab_info { uint32_t active; uint32_t objects; uint32_t size; uint32_t slabs; uint32_t frames; };
 /* The bell: one page that all stubs and the gateway share. A producer that finds header.gateway_asleep set adds 1 and does
  * FUTEX_WAKE (shared): no descriptor is needed. Garbage in it costs the gateway a wake-up at most: it looks every 50 ms anyway. */
 struct sy_bell { uint32_t rung; };
@@ -278,7 +288,7 @@ enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT 
  * KEEPER: with the seccomp listener and a one-page memfd (struct sy_keeper_page). COMPONENT: arg = component id. */
 struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; };
 enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3 };
-/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), ram of node 0, 1, … COMPONENT: header, frames. */
+/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */

@@ -51,6 +51,7 @@ def build_module() -> None:
         f'#include <stddef.h>\n#include <stdint.h>\n#include "{ABI}"\n#include "{HERE}/gateway.h"\n',
         sources=[str(HERE / "gateway.c")],
         extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-std=gnu11", "-pthread"],
+        libraries=["lz4"],
     )
     build_dir = KERNEL.parent / "build"
     built = ffi.compile(tmpdir=str(build_dir), verbose=False)

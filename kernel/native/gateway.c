@@ -15,6 +15,7 @@
 #include <linux/audit.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
+#include <lz4.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -122,8 +123,6 @@ struct pending {
 /* A process that let the kernel hold its memory before it joined: it must not join. */
 struct marked { pid_t pid; uint64_t born; };
 
-/* One page of the swap store. asid 0: free. */
-struct slot { uint32_t asid, vpage, out, same; uint64_t fill; };
 /* Pages in a row, in frames in a row. */
 struct run { uint32_t asid, pfn, n, flag; uint64_t vpage; };
 #define EVICT_RING 65536
@@ -172,8 +171,10 @@ struct sy_gateway {
   int nlobby;
   struct pending *pend;
   int npend, pend_cap;
-  int swap_fd;            /* -1: no store. What follows: under lock */
-  struct slot *slot;      /* [hdr->slots] */
+  int swap_fd;            /* -1: no store */
+  int slots_fd, slots_ro; /* of the entries, which stubs read. What follows: under lock */
+  struct sy_stored *slot; /* [hdr->slots]; asid 0: free */
+  struct zpool *zpool;
   uint32_t slot_hint, clock_hand, swapped_out;
   uint64_t swapping, swap_progress_ns; /* frames with SY_FF_SWAPPING; when the last one left */
   struct run *evict, *store; /* [EVICT_RING]: to be taken away by their stubs; taken away, to be written */
@@ -233,6 +234,7 @@ void sy_gw_post(struct sy_gateway *g, const struct sy_msg *m) { event(g, *m); }
 void sy_gw_post_test(struct sy_gateway *g, uint32_t n) {
   for (uint32_t i = 0; i < n; i++) event(g, (struct sy_msg){.type = SY_MSG_TEST, .vpage = i, .arg = now_ns()});
 }
+uint32_t sy_gw_frames(struct sy_gateway *g) { return g->nframes; }
 int sy_gw_event_fd(struct sy_gateway *g) { return g->ev_fd; }
 int sy_gw_header_fd(struct sy_gateway *g) { return g->header_ro; }
 int sy_gw_frames_fd(struct sy_gateway *g) { return g->frames_ro; }
@@ -589,6 +591,7 @@ static uint64_t drain_magazines(struct sy_gateway *g) {
   count(g, SY_CNT_DRAINED, n);
   return n;
 }
+#include "gateway_store.h"
 #include "gateway_swap.h"
 
 static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
@@ -630,10 +633,13 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     g->frames[m.pfn].flags &= (uint8_t)~SY_FF_AGED;
     break;
   case SY_MSG_SLOT_FREED:
+    if (m.pfn != SY_NO_FRAME && !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) return bad(g, a);
     for (uint32_t i = 0; i < m.npages; i++) {
       if (!slot_is(g, a, m.arg + i)) return bad(g, a);
+      if (m.pfn != SY_NO_FRAME) came_back(g, a, m.vpage + i, m.pfn + i, (uint32_t)m.arg + i);
       slot_free(g, (uint32_t)m.arg + i), a->swapped--;
     }
+    if (m.pfn != SY_NO_FRAME) return; /* PAGE_REFAULT says it */
     break;
   case SY_MSG_SLOT_MOVED:
     if (!slot_is(g, a, m.arg) || m.vpage >= SY_ARENA_PAGES) return bad(g, a);

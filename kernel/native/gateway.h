@@ -10,6 +10,7 @@ int sy_gw_start(struct sy_gateway *gw);
 /* Stops the threads and releases everything; programs that still run keep their memory and go on natively. */
 void sy_gw_stop(struct sy_gateway *gw);
 
+uint32_t sy_gw_frames(struct sy_gateway *gw);       /* of RAM */
 int sy_gw_event_fd(struct sy_gateway *gw);          /* readable when events wait */
 int sy_gw_header_fd(struct sy_gateway *gw);         /* read-only descriptors of the tables, for this process's own use */
 int sy_gw_frames_fd(struct sy_gateway *gw);
@@ -25,13 +26,16 @@ int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, i
 
 /* What happens when nothing is left: enum sy_oom. NATIVE until this is called. */
 void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
-/* Where pages go that leave RAM: a file made anew, readable by root only. Before sy_gw_start. 0 or -errno. */
-int sy_gw_set_swap(struct sy_gateway *gw, const char *path, uint64_t bytes);
+/* Where pages go that leave RAM: a file made anew, readable by root only, behind so many frames of compressed pages at most. Before
+ * sy_gw_start. 0 or -errno. */
+int sy_gw_set_swap(struct sy_gateway *gw, const char *path, uint64_t bytes, uint32_t pool_frames);
 /* A user beside root whose programs may join; before sy_gw_start. 0, or -1: SY_MAX_USERS are admitted already. */
 int sy_gw_admit(struct sy_gateway *gw, uint32_t uid);
 /* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */
 int sy_gw_release(struct sy_gateway *gw, uint32_t asid);
 
+/* The pool's caches, in ascending order of size: SY_SLAB_CACHES of them. */
+int sy_gw_slabinfo(struct sy_gateway *gw, struct sy_slab_info *out);
 int sy_gw_as_list(struct sy_gateway *gw, struct sy_as_info *out, int max);
 /* Blocks held in the reserve, per order 0..10. */
 void sy_gw_reserve_levels(struct sy_gateway *gw, uint32_t *levels);

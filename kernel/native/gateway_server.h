@@ -238,15 +238,15 @@ static void hello(struct sy_gateway *g, struct conn *c) {
       welcome(g, c->fd, SY_W_FULL, 0, NULL, 0);
       goto refuse;
     }
-    int out[4 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd};
-    for (uint32_t i = 0; i < g->nodes; i++) out[4 + i] = g->ram_fd[i];
+    int out[5 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd, g->slots_ro};
+    for (uint32_t i = 0; i < g->nodes; i++) out[5 + i] = g->ram_fd[i];
     /* The number may be another process's since it connected: what we signal, and trust, must be the one at the other end. */
     int peer = -1;
     socklen_t pl = sizeof peer;
     if (getsockopt(c->fd, SOL_SOCKET, SO_PEERPIDFD, &peer, &pl) == 0) close(a->pidfd), a->pidfd = peer; /* Linux 6.5 */
     leave_lobby(g, c);
     c->kind = CONN_STUB, c->as = a, c->pid = cred.pid;
-    welcome(g, c->fd, SY_W_OK, a->asid, out, 4 + (int)g->nodes);
+    welcome(g, c->fd, SY_W_OK, a->asid, out, 5 + (int)g->nodes);
     return;
   }
   count(g, SY_CNT_BAD_HELLOS, 1);
@@ -660,15 +660,23 @@ static void *server_thread(void *arg) {
 
 /* ---------------------------------------------------------------- transactions */
 void sy_gw_set_oom(struct sy_gateway *g, uint32_t oom) { g->hdr->oom = oom; }
-int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes) {
+/* The entries of that many slots, in place of those that there are. 0 or -errno. */
+static int make_slots(struct sy_gateway *g, uint64_t slots) {
+  int fd = make_memfd("sylvie-slots", slots * sizeof *g->slot), ro = fd < 0 ? -1 : reopen_ro(fd);
+  void *at = ro < 0 ? MAP_FAILED : mmap(NULL, slots * sizeof *g->slot, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (at == MAP_FAILED) return -errno;
+  if (g->slots_fd >= 0) close(g->slots_fd), close(g->slots_ro);
+  g->slots_fd = fd, g->slots_ro = ro, g->slot = at;
+  return 0;
+}
+int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes, uint32_t pool_frames) {
   uint64_t slots = bytes / PS;
-  if (!slots || slots > 0x10000000) return -EINVAL;
+  if (!slots || slots > 0x10000000 || pool_frames > g->nframes) return -EINVAL;
   g->swap_fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
   if (g->swap_fd < 0) return -errno;
-  g->slot = calloc(slots, sizeof *g->slot);
-  if (!g->slot || ftruncate(g->swap_fd, (off_t)(slots * PS))) return -ENOMEM;
-  g->hdr->slots = (uint32_t)slots;
-  return 0;
+  if (ftruncate(g->swap_fd, (off_t)(slots * PS))) return -errno;
+  g->hdr->slots = (uint32_t)slots, g->hdr->pool_max = pool_frames;
+  return make_slots(g, slots);
 }
 int sy_gw_admit(struct sy_gateway *g, uint32_t uid) {
   if (g->nusers == SY_MAX_USERS) return -1;
@@ -891,11 +899,14 @@ static void check_once(struct sy_gateway *g, struct report *r) {
     }
   }
   if (nfree != g->nfree || nfree != states[SY_FRAME_FREE]) violation(r, doubt(11, 0, 0), "%lu frames free in the map, %lu counted, %lu in the table\n", nfree, g->nfree, states[SY_FRAME_FREE]);
-  if (slots != g->hdr->slots_used) violation(r, doubt(15, 0, 0), "%lu slots are named by page-table words, %u are in use\n", slots, g->hdr->slots_used);
+  if (slots != g->hdr->slots_used) violation(r, doubt(15, slots, g->hdr->slots_used), "%lu slots are named by page-table words, %u are in use\n", slots, g->hdr->slots_used);
   if (owned_total != owned_states) violation(r, doubt(12, 0, 0), "%lu frames are in lists of address spaces, %lu are GRANTED or MAPPED\n", owned_total, owned_states);
-  uint64_t reserved = 0;
+  uint64_t reserved = 0, slabs = 0, objects = 0, packed = 0;
   for (int o = 0; o <= SY_MAX_ORDER; o++) reserved += (uint64_t)g->nreserve[o] << o;
-  if (reserved != states[SY_FRAME_RESERVED]) violation(r, doubt(13, 0, 0), "%lu frames in the reserve, %lu RESERVED in the table\n", reserved, states[SY_FRAME_RESERVED]);
+  for (int i = 0; i < SY_SLAB_CACHES; i++) slabs += g->zpool->cache[i].frames, objects += g->zpool->cache[i].active;
+  if (reserved + slabs != states[SY_FRAME_RESERVED]) violation(r, doubt(13, 0, 0), "%lu frames in the reserve, %lu in slabs, %lu RESERVED in the table\n", reserved, slabs, states[SY_FRAME_RESERVED]);
+  for (uint32_t s = 0; s < g->hdr->slots; s++) packed += g->slot[s].asid && g->slot[s].size && g->slot[s].size < PS;
+  if (slabs != g->hdr->pool_frames || objects != packed) violation(r, doubt(11, objects, packed), "%lu frames in slabs, %u counted; %lu objects in them, %lu slots name one\n", slabs, g->hdr->pool_frames, objects, packed);
   free(seen);
   pthread_mutex_unlock(&g->lock);
 }
@@ -950,7 +961,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
   g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
-  g->lobby_end = &g->lobby, g->swap_fd = -1;
+  g->lobby_end = &g->lobby, g->swap_fd = g->slots_fd = g->slots_ro = -1;
   pthread_cond_init(&g->store_work, NULL);
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
   pthread_mutex_init(&g->lock, NULL), pthread_mutex_init(&g->ev_lock, NULL);
@@ -969,8 +980,10 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
-  g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store);
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->evict || !g->store)
+  g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store), g->zpool = calloc(1, sizeof *g->zpool);
+  if (g->zpool) g->zpool->slab = calloc(g->nframes, sizeof *g->zpool->slab);
+  for (int i = 0; g->zpool && i < SY_SLAB_CACHES; i++) g->zpool->cache[i].partial = NONE;
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->evict || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};

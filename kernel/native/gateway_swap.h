@@ -1,46 +1,8 @@
 /* gateway, part: pages that leave for the store and come back; see stub_swap.h for the protocol of a page's word.
  *
  * Three threads: the server sends EVICT and serves swap-ins; the store thread writes what was taken away; both, and commits from Python, hold
- * the lock for tables, and not for I/O (but for fetch(), which a fork waits for). A slot that is being read or written belongs to BUSY meanwhile, so nobody frees or gives it. */
-#define BUSY 0xffffffffu
+ * the lock for tables, and not for I/O (but for fetch(), which a fork waits for). */
 #define STORE_PATIENCE_NS 2000000000ull /* who waits for frames waits so long for the next page to leave, before the OOM rule applies */
-
-static uint64_t slots_free(struct sy_gateway *g) { return g->hdr->slots - g->hdr->slots_used; }
-/* A free slot, BUSY; NONE = the store is full. */
-static uint32_t slot_take(struct sy_gateway *g) {
-  for (uint32_t k = 0; slots_free(g) && k < g->hdr->slots; k++) {
-    uint32_t s = g->slot_hint++ % g->hdr->slots;
-    if (g->slot[s].asid) continue;
-    g->slot[s] = (struct slot){.asid = BUSY};
-    g->hdr->slots_used++;
-    return s;
-  }
-  return NONE;
-}
-static void slot_free(struct sy_gateway *g, uint32_t s) {
-  g->slot[s].asid = 0;
-  g->hdr->slots_used--;
-}
-static int slot_is(struct sy_gateway *g, struct as *a, uint64_t s) { return s < g->hdr->slots && g->slot[s].asid == a->asid; }
-/* The store itself: a page that repeats one word is that word, others go to the file. 0 or an errno. */
-static int store_put(struct sy_gateway *g, uint32_t s, const void *page) {
-  const uint64_t *w = page;
-  int same = 1;
-  for (int i = 1; i < 512 && same; i++) same = w[i] == w[0];
-  g->slot[s].same = same, g->slot[s].fill = w[0];
-  if (same) return 0;
-  ssize_t r = pwrite(g->swap_fd, page, PS, (off_t)s * PS);
-  return r == PS ? 0 : r < 0 ? errno : ENOSPC;
-}
-static int store_get(struct sy_gateway *g, uint32_t s, void *page) {
-  if (g->slot[s].same) {
-    uint64_t *w = page;
-    for (int i = 0; i < 512; i++) w[i] = g->slot[s].fill;
-    return 0;
-  }
-  ssize_t r = pread(g->swap_fd, page, PS, (off_t)s * PS);
-  return r == PS ? 0 : r < 0 ? errno : EIO;
-}
 
 /* ---------------------------------------------------------------- out */
 /* Frames [pfn, pfn + n), MAPPED one after the other, are to leave (flag SWAPPING), or to be taken away so that a touch shows (AGED). Under lock. */
@@ -155,6 +117,10 @@ static void answer_store(struct as *a, uint32_t waiter, int error) {
   __atomic_store_n(&a->mag->store_seq[waiter], a->mag->store_seq[waiter] + 1, __ATOMIC_SEQ_CST);
   futex_wake_all(&a->mag->store_seq[waiter]);
 }
+static void came_back(struct sy_gateway *g, struct as *a, uint64_t vpage, uint32_t pfn, uint32_t slot) {
+  event(g, (struct sy_msg){.type = SY_MSG_PAGE_REFAULT, .asid = a->asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = g->frames[pfn].node, .arg = g->swapped_out - g->slot[slot].out});
+  count(g, SY_CNT_SWAPPED_IN, 1);
+}
 static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request *q) {
   uint32_t n = q->tids[0], pfn = q->tids[1], slot[SY_CHUNK_PAGES], k = 0;
   if (q->order >= SY_STORE_WAITERS || !n || n > SY_CHUNK_PAGES || q->vpage > SY_ARENA_PAGES - n) return bad(g, a);
@@ -175,10 +141,10 @@ static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request 
       g->slot[slot[i]].asid = a->asid;
       continue;
     }
-    event(g, (struct sy_msg){.type = SY_MSG_PAGE_REFAULT, .asid = a->asid, .pfn = pfn + i, .vpage = q->vpage + i, .npages = 1, .node = g->frames[pfn].node, .arg = g->swapped_out - g->slot[slot[i]].out});
+    came_back(g, a, q->vpage + i, pfn + i, slot[i]);
     slot_free(g, slot[i]), a->swapped--;
   }
-  count(g, error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAPPED_IN, error ? 1 : n);
+  if (error) count(g, SY_CNT_STORE_ERRORS, 1);
   pthread_mutex_unlock(&g->lock);
   answer_store(a, q->order, error);
 }

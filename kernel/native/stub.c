@@ -90,6 +90,7 @@ static struct sy_channel *chan;
 static word_t *pte;
 static const volatile struct sy_mag *mag;
 static const volatile struct sy_header *hdr;
+static const struct sy_stored *slots; /* [hdr->slots] */
 static struct sy_node node[SY_MAX_NODES];
 static uint32_t nodes, asid;
 static struct sy_bell *bell;

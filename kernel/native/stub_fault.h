@@ -176,6 +176,7 @@ static void first_touch(int me, uint64_t p, int write) {
   wake(first, use);
 }
 
+#include "stub_lz4.h"
 #include "stub_swap.h"
 
 static void fault(int me, uint64_t addr, uint64_t flags) {
@@ -259,6 +260,13 @@ static void fault_thread(long me) {
 static long emulate(long nr, long *a);
 static long release_all(void);
 
+static void unmap_tables(void) {
+  SYS(__NR_munmap, slots, hdr->slots * sizeof *slots + 1, 0, 0, 0);
+  SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+}
 /* The arena is the kernel's again, and nobody reads its faults any more: one fault each ends the threads that do, then this one. */
 static void end_threads(void) {
   struct sy_request q = {.kind = SY_REQ_RELEASED};
@@ -273,10 +281,7 @@ static void end_threads(void) {
   service_threads = 0; /* see exit_thread */
   for (uint32_t i = 1; i < threads; i++) *(volatile char *)(bait + (i - 1) * PS);
   SYS(__NR_munmap, bait, SY_SERVICE_THREADS * PS, 0, 0, 0);
-  SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+  unmap_tables();
   SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   SYS(__NR_exit, 0, 0, 0, 0, 0);
 }
@@ -357,7 +362,7 @@ static long send_hello(int kind, int fd) {
 
 static int join_enclave(void) {
   struct sy_welcome w;
-  int f[4 + SY_MAX_NODES];
+  int f[5 + SY_MAX_NODES];
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, sock_path, len(sock_path) + 1);
   fd_sock = (int)SYS(__NR_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, 0, 0);
@@ -370,19 +375,21 @@ static int join_enclave(void) {
     if (fd_uffd < 0) return -1;
   }
   int n;
-  if (send_hello(SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 4 + SY_MAX_NODES)) < 5 || w.nodes > SY_MAX_NODES || n != 4 + (int)w.nodes) return -1;
+  if (send_hello(SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 5 + SY_MAX_NODES)) < 6 || w.nodes > SY_MAX_NODES || n != 5 + (int)w.nodes) return -1;
   asid = w.asid, nodes = w.nodes;
-  for (uint32_t i = 0; i < nodes; i++) node[i] = w.node[i], fd_ram[i] = f[4 + i];
+  for (uint32_t i = 0; i < nodes; i++) node[i] = w.node[i], fd_ram[i] = f[5 + i];
   long as = sys_mmap(0, SY_AS_BYTES, RW, MAP_SHARED | MAP_NORESERVE, f[0], 0), mg = sys_mmap(0, SY_MAG_BYTES, PROT_READ, MAP_SHARED, f[1], 0);
   long hd = sys_mmap(0, SY_HEADER_BYTES, PROT_READ, MAP_SHARED, f[2], 0), bl = sys_mmap(0, SY_BELL_BYTES, RW, MAP_SHARED, f[3], 0);
   if ((as | mg | hd | bl) < 0) return -1;
+  long sl = sys_mmap(0, ((const struct sy_header *)hd)->slots * sizeof *slots + 1, PROT_READ, MAP_SHARED, f[4], 0);
+  if (sl < 0) return -1;
   /* Core dumps hold the program's memory: frames that are mapped, not the empty arena, nor our tables. */
   SYS(__NR_madvise, as, SY_AS_BYTES, MADV_DONTDUMP, 0, 0);
   SYS(__NR_madvise, VA(brk_floor), (SY_BRK_PAGES - brk_floor) * PS, MADV_DONTDUMP, 0, 0);
   SYS(__NR_madvise, VA(mmap_floor), (SY_ARENA_PAGES - mmap_floor) * PS, MADV_DONTDUMP, 0, 0);
-  for (int i = 0; i < 4; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
+  for (int i = 0; i < 5; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
   ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
-  mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl;
+  mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl, slots = (void *)sl;
   if (uffd_register(brk_floor, SY_BRK_PAGES - brk_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   if (uffd_register(mmap_floor, SY_ARENA_PAGES - mmap_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   return 0;

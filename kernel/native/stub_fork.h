@@ -165,10 +165,7 @@ static long do_clone(struct fork_args *f) {
       say("sylvie: a forked child found no memory for its copy\n");
       SYS(__NR_exit_group, 127, 0, 0, 0, 0);
     }
-    SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
-    SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
-    SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
-    SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+    unmap_tables();
     mode = FORKED;
     brk_floor = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = mmap_next = mmap_hi;
     brk_hi = brk_floor;

@@ -52,6 +52,7 @@ static void back_again(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
   for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
 }
 
+#define READ_AHEAD_ORDER 5
 /* A block of at most that order: from the magazine; of a bigger one the rest goes back. *got is its order. */
 static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
@@ -72,12 +73,39 @@ static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
     else nap(1000);
   }
 }
+/* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
+static uint8_t packed[SY_SERVICE_THREADS][SY_PACKED_MAX + UNPACK_SLACK], unpacked[SY_SERVICE_THREADS][(PS << READ_AHEAD_ORDER) + UNPACK_SLACK];
+static int in_pool(uint64_t slot) { return slot < hdr->slots && slots[slot].size < PS; }
+static int fetch_packed(int me, const uint32_t *slot, uint64_t n, uint32_t pfn) {
+  for (uint64_t i = 0; i < n; i++) {
+    struct sy_stored s = slots[slot[i]];
+    uint8_t *to = unpacked[me] + i * PS;
+    if (!s.size) {
+      memset(to, 0, PS);
+      continue;
+    }
+    uint32_t nd = node_of(s.pfn), size = s.size < SY_PACKED_MAX ? s.size : SY_PACKED_MAX;
+    if (SYS(__NR_pread64, fd_ram[nd], packed[me], size, (uint64_t)(s.pfn - node[nd].base) * PS + s.offset, 0) != size) return EIO;
+    if (size == 8)
+      for (uint64_t k = 0; k < PS; k += 8) __builtin_memcpy(to + k, packed[me], 8);
+    else if (unpack(to, PS, packed[me], size) != (long)PS)
+      return EIO;
+  }
+  uint32_t nd = node_of(pfn);
+  return SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], n * PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)(n * PS) ? 0 : EIO;
+}
+/* Slots that we have fetched from are the gateway's again; the pages are in frames from pfn on. */
+static void slots_done(uint64_t p, const uint32_t *slot, uint64_t n, uint32_t pfn) {
+  for (uint64_t i = 0, k; i < n; i += k) {
+    for (k = 1; i + k < n && slot[i + k] == slot[i] + k;) k++;
+    post(SY_MSG_SLOT_FREED, p + i, pfn + (uint32_t)i, k, 0, slot[i], 0);
+  }
+}
 static int stored(uint64_t p, uint8_t a) {
   word_t w = LOAD(pte[p]);
   return attr[p] == a && (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == SY_PTE_SWAPPED;
 }
 /* How much to bring back at once: more for who walks upwards, who has as much before p as comes now (read-ahead doubles). */
-#define READ_AHEAD_ORDER 5
 static int read_ahead(uint64_t p, uint8_t a) {
   int order = 0;
   for (; order < READ_AHEAD_ORDER; order++) {
@@ -122,16 +150,18 @@ static void swap_in(int me, uint64_t p, int write) {
   }
   word_t flags = w & (SY_PTE_STALE | W_KPROT);
   uint64_t n = 1, max = 1ull << read_ahead(p, a);
+  uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)};
+  int ours = in_pool(slot[0]);
   while (n < max && stored(p + n, a)) { /* (another thread may be at work there) */
     word_t x = LOAD(pte[p + n]);
-    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || !CAS(pte[p + n], &x, locked(x))) break;
-    n++;
+    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
+    slot[n++] = (uint32_t)(x >> SY_PTE_PFN_SHIFT);
   }
   uint64_t all = n;
   while (n & (n - 1)) store_again(p + --n, 1, flags);
   uint32_t pfn = some_frames(me, p, __builtin_ctzll(n), &got);
   if (n > 1ull << got) n = 1ull << got, store_again(p + n, all - n, flags);
-  int e = pfn == SY_NO_FRAME ? -1 : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
+  int e = pfn == SY_NO_FRAME ? -1 : ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
   if (e) { /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
     if (pfn != SY_NO_FRAME) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
     STORE(ctl->in_hand[me], SY_NO_FRAME);
@@ -143,6 +173,7 @@ static void swap_in(int me, uint64_t p, int write) {
   STORE(ctl->in_hand[me], SY_NO_FRAME);
   long r = map_frames(p, pfn, n, prot);
   post(SY_MSG_PAGE_MAPPED, p, pfn, n, got, 0, 0);
+  if (ours) slots_done(p, slot, n, pfn);
   if (r < 0) { /* too many mappings: the content stays in the frames */
     for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
     nap(1000);
