@@ -70,6 +70,8 @@ class BasePolicy:
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn
 
+    gather = 0.0  # seconds between two steps, at least: who is in no hurry handles more events at once
+
     def asleep(self) -> bool:
         """Is there nothing to do on this enclave, ever? Then no event is sent to this process."""
         return False

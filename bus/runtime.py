@@ -163,8 +163,12 @@ class Runtime:
     # ---- the loop ----
     def run(self) -> None:
         """Works until ``stop``. :raises BusError: the gateway has gone or does not want this process any more."""
+        stepped = 0.0
         while not self.stopping:
+            if (early := stepped + self.policy.gather - time.monotonic()) > 0:
+                time.sleep(early)
             self._receive()
+            stepped = time.monotonic()
             self.policy.step()
             self._commit()
             now = time.monotonic()

@@ -43,6 +43,9 @@ from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
 
 BATCH = 512  # events in one message: more is hardly faster, and this bounds what a slow subscriber can pile up
 RELAY = 256  # batches carried before requests have their turn; together what the C half's ring can hold
+# Seconds between two relays: each costs the same, however many events it carries. The first after a pause goes at once.
+GATHER = 0.01
+GATHER_URGENT = 0.001  # … when among them is what a program will soon want
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
@@ -172,14 +175,19 @@ class Gateway:
         before = signal.set_wakeup_fd(wake_out.fileno())
         event_fd = lib.sy_gw_event_fd(self.gw)
         poller = zmq.Poller()
-        for readable in (event_fd, wake_in.fileno(), self.router, self.zap.socket, *self._handshakes):
+        urgent_fd = lib.sy_gw_urgent_fd(self.gw)
+        for readable in (event_fd, urgent_fd, wake_in.fileno(), self.router, self.zap.socket, *self._handshakes):
             poller.register(readable, zmq.POLLIN)
-        look_at = 0.0
+        look_at = relayed = 0.0
         try:
             while not self._stopping:
-                ready = dict(poller.poll(int(TICK * 1000)))
-                if event_fd in ready:
-                    self._relay()
+                gathering = relayed + GATHER - time.monotonic()
+                poller.register(event_fd, 0 if gathering > 0 else zmq.POLLIN)
+                ready = dict(poller.poll(int(min(TICK, gathering) * 1000) + 1 if gathering > 0 else int(TICK * 1000)))
+                if event_fd in ready or urgent_fd in ready:
+                    if (early := relayed + GATHER_URGENT - time.monotonic()) > 0:
+                        time.sleep(early)
+                    relayed = time.monotonic() if self._relay() else 0.0
                 if self.zap.socket in ready:
                     self.zap.answer()
                 for monitor in self._handshakes:
@@ -229,14 +237,15 @@ class Gateway:
             (self.run_dir / name).unlink(missing_ok=True)
 
     # ---- events ----
-    def _relay(self) -> None:
-        """Publishes what waits, but not for ever: requests have their turn too."""
+    def _relay(self) -> bool:
+        """Publishes what waits, but not for ever: requests have their turn too. Was that all?"""
         for _ in range(RELAY):
             taken = lib.sy_gw_events(self.gw, self._events_c, BATCH)
             if taken:
                 self._publish(self._events[:taken])
             if taken < BATCH:
-                return
+                return True
+        return False
 
     def _publish(self, events: NDArray[np.void]) -> None:
         last = int(events["seqnum"][-1])

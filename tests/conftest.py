@@ -171,7 +171,7 @@ def compiled(root_dir: Path) -> Callable[[str], Path]:
         target = root_dir / name
         if not target.exists():
             subprocess.run(
-                ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl"],
+                ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl", "-llz4"],
                 check=True,
                 timeout=60,
             )

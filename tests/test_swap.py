@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +105,7 @@ def test_policies_are_swapped_under_a_program(enclave: Enclave) -> None:
     for policy in POLICIES:
         enclave.cli("swap", "kswapd", policy)
         wait_for(
-            lambda: enclave.component("kswapd")["dump"].get("reclaimed", 0) > 1000, 30, f"{policy} reclaims nothing"
+            lambda: enclave.component("kswapd")["dump"].get("chosen", 0) > 1000, 30, f"{policy} reclaims nothing"
         )
     lost_nothing(p)
 
@@ -174,6 +176,40 @@ def test_store_and_ram_full(root_dir: Path) -> None:
         )
         assert e.run([sys.executable, "-c", code]).stdout == "Cannot allocate memory\n"
         assert e.idle()["counters"]["oom_kills"] == 1
+        e.check()
+    finally:
+        take_down(e)
+
+
+def test_tiers_of_the_store(root_dir: Path, compiled: Callable[[str], Path]) -> None:
+    """Zeros take nothing, a repeated word the smallest object, what compresses a slab's object, the rest the file; slabinfo says so, and all of it is
+    given back."""
+    assert subprocess.run([compiled("unpack")], capture_output=True, text=True, timeout=60).stdout == "20000 100000 100000\n"
+    e = bring_up(root_dir / "swt", "--ram", "48M", "--swap", "256M", "--pool", "30%")
+    try:
+        p = waiting(e)
+        wait_for(lambda: e.status()["swap"]["used"] > 4000, 20, "nothing is in the store")
+        p.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        used = e.status()["swap"]
+        caches = {c["size"]: c for c in json.loads(e.cli("slabinfo", "--json").stdout)}
+        lines = e.cli("slabinfo").stdout.splitlines()
+        objects = sum(c["active"] for c in caches.values())
+        # a quarter each: words, and half pages of text and random bytes
+        assert caches[64]["active"] > used["used"] / 8 and caches[2336]["active"] > used["used"] / 8
+        assert objects < used["used"] * 5 / 8
+        assert 0 < used["pool_frames"] <= used["pool_max"] == 48 * 256 * 30 // 100
+        assert used["pool_frames"] == sum(c["frames"] for c in caches.values()) <= e.status()["frames"]["reserved"]
+        # as /proc/slabinfo on this machine, field by field
+        kernels = Path("/proc/slabinfo").read_text().splitlines()
+        assert [len(line.split()) for line in lines[:1] + lines[2:]] == [5 - 1] + [16] * len(caches)
+        assert lines[0] == kernels[0] and lines[1].split() == kernels[1].split()
+        assert all(re.sub(r"\d+", "N", a.split(None, 1)[1]).split() == re.sub(r"\d+", "N", kernels[2].split(None, 1)[1]).split() for a in lines[2:])
+        e.check()
+        p.send_signal(signal.SIGCONT)
+        lost_nothing(p)
+        s = e.idle()
+        assert (s["swap"]["used"], s["swap"]["pool_frames"]) == (0, 0)
         e.check()
     finally:
         take_down(e)

@@ -1,8 +1,7 @@
-"""What every reclaim policy shares: when to reclaim, how much, and what became of it. A policy says *which* frames."""
+"""What every reclaim policy shares: when to choose, how many, and what became of it. A policy says *which* frames."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,15 @@ from bus.tables import FRAME_STATES
 from kernel.abi import lib
 
 MAPPED = FRAME_STATES["mapped"]
-BATCH = 2048  # frames asked for in one step, at most
-STUCK = 0.5  # seconds after which what was on its way out and has not left is counted on no more: its program may be stopped
+TAKEN = lib.SY_FF_SWAPPING | lib.SY_FF_STANDBY
+BATCH = 4096  # frames chosen in one step, at most
+LARGEST = 1 << 15  # frames that stand by, at most: the gateway's ring
 
 
 class ReclaimPolicy(BasePolicy):
-    """Below a node's low watermark frames are reclaimed until its high one, as Linux's kswapd does (mm/vmscan.c,
-    balance_pgdat). What is on its way out counts as free already.
+    """Keeps frames standing by, in the order in which they shall leave. The gateway takes them below a node's low watermark, up
+    to its high one, as Linux's kswapd does (mm/vmscan.c, balance_pgdat), without waiting for this process; so there are the more
+    of them, the quicker they went.
 
     ``stamp``: per frame, when it came to be where it is (a count of mapped frames, int64); the order of a FIFO.
     """
@@ -28,9 +29,10 @@ class ReclaimPolicy(BasePolicy):
         """Nobody knows any more in which order frames were mapped: by address, then."""
         self.stamp: NDArray[np.int64] = np.arange(len(self.frames), dtype=np.int64) - len(self.frames)
         self.clock = 0
-        self.awake = [False] * len(self.nodes)
-        self.reclaimed = self.refaults = self.refused = 0
-        self.left_at = self.asked_at = 0.0
+        self.ahead = [2 * int(self.header.watermark[node].high) for node in range(len(self.nodes))]
+        self.chosen = self.refaults = self.refused = 0
+
+    gather = 0.01  # what stands by lasts longer
 
     # ---- what happens ----
     def arrived(self, pfns: NDArray[np.int64]) -> None:
@@ -46,9 +48,6 @@ class ReclaimPolicy(BasePolicy):
     def page_refault(self, events: NDArray[np.void]) -> None:
         self.refaults += len(events)
 
-    def page_swapped(self, _events: NDArray[np.void]) -> None:
-        self.left_at = time.monotonic()
-
     def watermark(self, events: NDArray[np.void]) -> None:
         """Wakes ``step()``; the numbers are in the header."""
 
@@ -59,20 +58,13 @@ class ReclaimPolicy(BasePolicy):
         raise NotImplementedError
 
     def wanted(self, node: int) -> int:
-        """Frames to reclaim on a node now."""
+        """Frames to choose on a node now."""
         mark = self.header.watermark[node]
-        if mark.free < mark.low:
-            self.awake[node] = True
-        if not self.awake[node]:
+        if mark.free >= 2 * mark.high or mark.standby > self.ahead[node] // 2:
             return 0
-        base, size = self.nodes[node]
-        leaving = int(np.count_nonzero(self.frames["flags"][base : base + size] & lib.SY_FF_SWAPPING))
-        if time.monotonic() > max(self.left_at, self.asked_at) + STUCK:
-            leaving = 0
-        missing = int(mark.high) - int(mark.free) - leaving
-        if missing <= 0:
-            self.awake[node] = False
-        return min(missing, BATCH)
+        if not mark.standby and mark.free < mark.low:  # we were too late
+            self.ahead[node] = min(2 * self.ahead[node], self.nodes[node][1] // 4, LARGEST)
+        return min(self.ahead[node] - int(mark.standby), BATCH)
 
     def asleep(self) -> bool:
         """Without a store nothing can leave."""
@@ -86,18 +78,17 @@ class ReclaimPolicy(BasePolicy):
             if count <= 0:
                 continue
             part = self.frames[base : base + size]
-            ours = (part["state"] == MAPPED) & (part["flags"] & lib.SY_FF_SWAPPING == 0)
+            ours = (part["state"] == MAPPED) & (part["flags"] & TAKEN == 0)
             mark = self.header.watermark[node]
             chosen = self.victims(base + np.flatnonzero(ours), count, bool(mark.free <= mark.min))
-            self.reclaimed += len(chosen)
-            self.asked_at = time.monotonic()
-            self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0)
+            self.chosen += len(chosen)
+            self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0, arg=lib.SY_RECLAIM_STANDBY)
 
     def result(self, ops: NDArray[np.void]) -> None:
         self.refused += int(np.count_nonzero(ops["result"] != lib.SY_R_COMPLETE))
 
     def dump(self) -> dict[str, Any]:
-        return {"reclaimed": self.reclaimed, "refaults": self.refaults, "refused": self.refused}
+        return {"chosen": self.chosen, "refaults": self.refaults, "refused": self.refused}
 
 
 def oldest(stamp: NDArray[np.int64], pfns: NDArray[np.int64], count: int) -> NDArray[np.int64]:

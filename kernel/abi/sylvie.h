@@ -94,6 +94,7 @@ enum sy_frame_state {
 };
 #define SY_FF_ZERO 1     /* content is known to be zero */
 #define SY_FF_SLAB 8     /* RESERVED: holds compressed pages */
+#define SY_FF_STANDBY 16 /* MAPPED: chosen to leave when memory is short */
 #define SY_FF_AGED 4     /* taken away by AGE and not touched since: Linux's page without an accessed bit */
 #define SY_FF_SWAPPING 2 /* on its way out: taken away from the program, or about to be, and not stored yet */
 
@@ -179,7 +180,10 @@ struct sy_as_ctl {
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
 enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4 };
-/* EVICT: args = vpage, pfn, npages: what is still there as said, and not locked, is taken away; result = pages. */
+/* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
+ * result = pages. */
+#define SY_EVICT_RUNS 2048
+struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
 /* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
  * mag_head in its own memory by compare-and-swap. */
@@ -197,15 +201,18 @@ struct sy_mag {
   struct sy_mag_ring ring[10];       /* orders 0..9 */
   uint32_t store_seq[SY_STORE_WAITERS];   /* futex: moves after each answer to SWAPIN or FETCH of that waiter */
   uint32_t store_error[SY_STORE_WAITERS]; /* errno of that answer, 0 = done */
+  struct sy_run evict[SY_EVICT_RUNS];
 };
-#define SY_MAG_BYTES 28672
+#define SY_MAG_BYTES 61440
 
 /* ---- enclave header (memfd "header": gateway writes, everybody else has it read-only) ---- */
 struct sy_node { uint32_t base; uint32_t frames; };   /* first pfn, number */
 struct sy_component { uint32_t id; uint32_t pid; uint64_t heartbeat_ns; uint32_t state; uint32_t restarts; };
 #define SY_MAX_COMPONENTS 8
-/* Frames FREE on a node: below low WATERMARK is sent, kswapd reclaims up to high; below min the gateway reclaims by itself. */
-struct sy_watermarks { uint32_t min; uint32_t low; uint32_t high; uint32_t free; };
+/* Frames FREE on a node: below low WATERMARK is sent, and what stands by leaves until there are high. standby: frames that kswapd has chosen
+ * for that (some may have been touched since, and stay). When none is left the gateway reclaims by itself: below min if there is no kswapd, and
+ * when a program waits. */
+struct sy_watermarks { uint32_t min; uint32_t low; uint32_t high; uint32_t free; uint32_t standby; };
 struct sy_header {
   uint32_t magic;
   uint32_t abi;
@@ -261,6 +268,8 @@ enum sy_op_code {
   SY_OP_FAULT_ORDER = 7, SY_OP_COLLAPSE = 8, SY_OP_SPLIT = 9, SY_OP_MERGE = 10, SY_OP_MIGRATE = 11, SY_OP_RUN = 12,
   SY_OP_SET_POLICY_WORD = 13
 };
+/* RECLAIM with this as its arg: not now, but as soon as memory is short and unless it is touched before, in the order in which they were chosen. */
+#define SY_RECLAIM_STANDBY 1
 /* ghOSt's transaction states, as results. */
 enum sy_result {
   SY_R_PENDING = 0, SY_R_COMPLETE = 1, SY_R_ABORTED = 2, SY_R_STALE = 3, SY_R_NOT_FOUND = 4, SY_R_NOT_PERMITTED = 5,

@@ -60,7 +60,7 @@ static const struct sy_insn sy_rules[] = {
     /* a thread, or vfork; another process in the same memory may outlive the one whose threads serve it */
     AT(SHARED_VM), ANY(CLONE_THREAD | CLONE_VFORK, ALLOW, NOTIFY),
     /* of advice for other processes' memory, what would also take one's own away */
-    AT(PMADVISE), ARG_LO(3), EQ(MADV_WILLNEED, ALLOW, NEXT), EQ(20 /* MADV_COLD */, ALLOW, NEXT), EQ(21 /* MADV_PAGEOUT */, ALLOW, NEXT), EQ(25 /* MADV_COLLAPSE */, ALLOW, NOTIFY),
+    AT(PMADVISE), ARG_LO(5), EQ(SY_MARK, ALLOW, NEXT), ARG_LO(3), EQ(MADV_WILLNEED, ALLOW, NEXT), EQ(20 /* MADV_COLD */, ALLOW, NEXT), EQ(21 /* MADV_PAGEOUT */, ALLOW, NEXT), EQ(25 /* MADV_COLLAPSE */, ALLOW, NOTIFY),
     AT(MMAP), ARG_HI(3), EQ(SY_MARK, ALLOW, NEXT), ARG_HI(0), GE(ARENA_HI_LO, NEXT, MMAP_HINT), GE(ARENA_HI_END, MMAP_HINT, NOTIFY),
     AT(MMAP_HINT), ARG_HI(0), EQ(0, NEXT, ALLOW), ARG_LO(0), EQ(0, NEXT, ALLOW), ARG_LO(3),
     {BPF_ALU | BPF_AND | BPF_K, MAP_SHARED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB | MAP_32BIT, 0, 0, 0},

@@ -98,6 +98,7 @@ struct as {
   uint32_t outstanding, release_nr;
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
   int pidfd;
+  uint32_t evict_tail, evict_sent, evict_done; /* of mag->evict: decided (under lock); told, and carried out (server thread) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
@@ -123,9 +124,12 @@ struct pending {
 /* A process that let the kernel hold its memory before it joined: it must not join. */
 struct marked { pid_t pid; uint64_t born; };
 
-/* Pages in a row, in frames in a row. */
-struct run { uint32_t asid, pfn, n, flag; uint64_t vpage; };
-#define EVICT_RING 65536
+/* What an address space was told to take away, and has. */
+struct taken { uint32_t asid; struct sy_run run; };
+#define STORE_RING 65536
+/* A frame that kswapd has chosen to leave when memory is short, as it was then. */
+struct standby { uint32_t pfn, barrier, aged; };
+#define STANDBY_RING 32768
 
 /* The shared memory of one address space. */
 struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
@@ -156,7 +160,8 @@ struct sy_gateway {
   struct sy_msg *ev;
   uint64_t ev_head, ev_tail;
   uint32_t ev_seq;
-  int ev_fd;
+  int ev_urgent;          /* urgent_fd is readable */
+  int ev_fd, urgent_fd;
 
   struct pair pool[POOL];
   int npool;
@@ -176,9 +181,12 @@ struct sy_gateway {
   struct sy_stored *slot; /* [hdr->slots]; asid 0: free */
   struct zpool *zpool;
   uint32_t slot_hint, clock_hand, swapped_out;
-  uint64_t swapping, swap_progress_ns; /* frames with SY_FF_SWAPPING; when the last one left */
-  struct run *evict, *store; /* [EVICT_RING]: to be taken away by their stubs; taken away, to be written */
-  uint32_t evict_head, evict_tail, store_head, store_tail;
+  uint64_t swapping, swapping_on[SY_MAX_NODES], swap_progress_ns, asked_ns; /* frames with SY_FF_SWAPPING; when the last one left, or was asked to */
+  struct taken *store;    /* [STORE_RING]: to be written */
+  uint32_t store_head, store_tail;
+  struct standby *standby[SY_MAX_NODES]; /* [STANDBY_RING] */
+  uint32_t standby_head[SY_MAX_NODES], standby_tail[SY_MAX_NODES];
+  int reclaiming[SY_MAX_NODES]; /* below low, and not above high since */
   pthread_cond_t store_work;
   pthread_t storer;
   int have_storer;
@@ -197,6 +205,8 @@ static void count(struct sy_gateway *g, int c, uint64_t n) { __atomic_fetch_add(
 static void futex_wake_all(void *w) { syscall(SYS_futex, w, FUTEX_WAKE, 0x7fffffff, NULL, NULL, 0); }
 
 /* ---------------------------------------------------------------- events */
+/* A program will soon want what a component has to prepare. */
+static int is_urgent(int type) { return type == SY_MSG_MAGAZINE_LOW || type == SY_MSG_RESERVE_LOW || type == SY_MSG_WATERMARK || type == SY_MSG_TEST; }
 static void event(struct sy_gateway *g, struct sy_msg m) {
   m.length = sizeof m;
   pthread_mutex_lock(&g->ev_lock);
@@ -205,12 +215,10 @@ static void event(struct sy_gateway *g, struct sy_msg m) {
   if (g->ev_head - g->ev_tail == EV_RING)
     g->hdr->events_lost++; /* the number is spent all the same: readers see the gap */
   else {
-    int was_empty = g->ev_head == g->ev_tail;
-    g->ev[g->ev_head++ % EV_RING] = m;
-    if (was_empty) {
-      uint64_t one = 1;
-      if (write(g->ev_fd, &one, 8) < 0) { /* full counter: readable anyway */
-      }
+    int was_empty = g->ev_head == g->ev_tail, urgent = is_urgent(m.type) && !g->ev_urgent;
+    uint64_t one = 1;
+    g->ev[g->ev_head++ % EV_RING] = m, g->ev_urgent |= urgent;
+    if ((was_empty && write(g->ev_fd, &one, 8) < 0) || (urgent && write(g->urgent_fd, &one, 8) < 0)) { /* full counter: readable anyway */
     }
   }
   pthread_mutex_unlock(&g->ev_lock);
@@ -224,8 +232,9 @@ int sy_gw_events(struct sy_gateway *g, struct sy_msg *out, int max) {
   while (n < max && g->ev_tail != g->ev_head) out[n++] = g->ev[g->ev_tail++ % EV_RING];
   if (g->ev_tail == g->ev_head) {
     uint64_t x;
-    if (read(g->ev_fd, &x, 8) < 0) { /* was not signalled */
+    if (read(g->ev_fd, &x, 8) < 0 || (g->ev_urgent && read(g->urgent_fd, &x, 8) < 0)) { /* was not signalled */
     }
+    g->ev_urgent = 0;
   }
   pthread_mutex_unlock(&g->ev_lock);
   return n;
@@ -236,8 +245,16 @@ void sy_gw_post_test(struct sy_gateway *g, uint32_t n) {
 }
 uint32_t sy_gw_frames(struct sy_gateway *g) { return g->nframes; }
 int sy_gw_event_fd(struct sy_gateway *g) { return g->ev_fd; }
+int sy_gw_urgent_fd(struct sy_gateway *g) { return g->urgent_fd; }
 int sy_gw_header_fd(struct sy_gateway *g) { return g->header_ro; }
 int sy_gw_frames_fd(struct sy_gateway *g) { return g->frames_ro; }
+
+/* The server thread is to look what there is to do. */
+static void poke(struct sy_gateway *g) {
+  uint64_t one = 1;
+  if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
+  }
+}
 
 /* ---------------------------------------------------------------- frames (all under lock) */
 static uint8_t *frame_mem(struct sy_gateway *g, uint32_t pfn) {
@@ -259,6 +276,7 @@ static void set_free_bits(struct sy_gateway *g, uint32_t pfn, uint32_t n, int on
   if (mark == 2 ? *told != 2 && m->free >= m->high : mark < *told) {
     *told = mark;
     event(g, (struct sy_msg){.type = SY_MSG_WATERMARK, .npages = m->free, .node = g->frames[pfn].node, .arg = mark});
+    if (mark < 2 && g->hdr->slots) poke(g);
   }
 }
 static int all_free(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
@@ -283,11 +301,16 @@ static void isolate(struct sy_gateway *g, uint32_t pfn, int order) {
   set_free_bits(g, pfn, 1u << order, 0);
   set_state(g, pfn, 1u << order, SY_FRAME_ISOLATED, order);
 }
+/* A frame is to leave for the store, or does not after all. */
+static void leave(struct sy_gateway *g, struct sy_frame *f) { f->flags |= SY_FF_SWAPPING, g->swapping++, g->swapping_on[f->node]++; }
+static void stay(struct sy_gateway *g, struct sy_frame *f) {
+  if (f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--, g->swapping_on[f->node]--;
+}
 /* any state of ours -> FREE. The caller has unlinked it from its owner. */
 static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) {
   for (uint32_t i = pfn; i < pfn + n; i++) {
     struct sy_frame *f = &g->frames[i];
-    if (f->flags & SY_FF_SWAPPING) g->swapping--;
+    stay(g, f);
     f->asid = 0, f->vpage = 0, f->refcount = 0;
     f->flags = zero ? SY_FF_ZERO : 0;
   }

@@ -12,6 +12,7 @@ void sy_gw_stop(struct sy_gateway *gw);
 
 uint32_t sy_gw_frames(struct sy_gateway *gw);       /* of RAM */
 int sy_gw_event_fd(struct sy_gateway *gw);          /* readable when events wait */
+int sy_gw_urgent_fd(struct sy_gateway *gw);         /* … and there is one among them that a component should see now */
 int sy_gw_header_fd(struct sy_gateway *gw);         /* read-only descriptors of the tables, for this process's own use */
 int sy_gw_frames_fd(struct sy_gateway *gw);
 /* Takes up to max events, in order, seqnum ascending by one (a jump = events were lost). Number taken. */

@@ -328,7 +328,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
         memcpy(p->tids, a->tids, sizeof p->tids);
       } else {
         if (p->cmd_id) a->outstanding--;
-        if (p->op == SY_CMD_EVICT) evicted(g, (struct run){a->asid, (uint32_t)p->args[1], (uint32_t)p->args[2], p->nr, p->args[0]});
+        if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
           int failed = r < 0 && r > -4096 && !too_late, go_on = too_late || (!failed && p->op == SY_CMD_RELEASE);
@@ -444,12 +444,8 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
 /* ---------------------------------------------------------------- out of frames */
 /* Frames up to that order into the magazine of a stub that waits for them (under lock). Number. */
 static uint32_t refill(struct sy_gateway *g, struct as *a, int order) {
-  uint32_t blocks = order >= 8 ? 4 : order >= 4 ? 16 : 32, got = 0;
-  for (uint32_t i = 0; i < blocks; i++) {
-    uint32_t k = give(g, a, order);
-    got += k;
-    if (k < 1u << order) break;
-  }
+  uint32_t want = (order >= 8 ? 4u : order >= 4 ? 16u : 32u) << order, got = 0;
+  for (uint32_t i = 0, k = 1; i < 64 && k && got < want; i++) got += k = give(g, a, order); /* smaller ones, too: the next fault would come at once */
   return got;
 }
 /* Ends the program with the most frames, as Linux's OOM killer does, unless some are on their way: RAM is still being populated, or a program
@@ -471,11 +467,6 @@ static void out_of_frames(struct sy_gateway *g) {
   event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = victim->asid, .npages = (uint32_t)victim->mapped, .arg = (uint64_t)victim->pid});
 }
 /* Answers a stub that waits for frames, if there are any, or if none is an answer. */
-static void poke(struct sy_gateway *g) {
-  uint64_t one = 1;
-  if (g->poke_fd >= 0 && write(g->poke_fd, &one, 8) < 0) { /* already poked */
-  }
-}
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
   int order = a->starving - 1;
@@ -558,19 +549,24 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
-/* What is to leave: each stub is told. */
-static void send_evictions(struct sy_gateway *g) {
+/* What is to leave: each stub is told, and as soon as it has done that, of the next. Returns whether to look again soon. */
+#define EVICT_AT_ONCE 128 /* runs: the program's own memory calls wait meanwhile */
+static int send_evictions(struct sy_gateway *g) {
+  int again = 0;
   pthread_mutex_lock(&g->lock);
-  while (g->evict_tail != g->evict_head) {
-    struct run r = g->evict[g->evict_tail++ % EVICT_RING];
-    struct as *a = find_as(g, r.asid);
-    uint64_t args[6] = {r.vpage, r.pfn, r.n};
-    pthread_mutex_unlock(&g->lock);
-    int told = a && !a->dying && command(g, a, SY_CMD_EVICT, (int)r.flag, args, NULL, 0) == 0;
-    pthread_mutex_lock(&g->lock);
-    if (!told) stays(g, r);
-  }
+  for (uint32_t nd = 0; g->hdr->slots && nd < g->nodes; nd++) again |= relieve(g, nd);
   pthread_mutex_unlock(&g->lock);
+  for (uint32_t i = 0; i < g->nas; i++) {
+    struct as *a = g->as[i];
+    uint32_t from = a->evict_sent, tail = __atomic_load_n(&a->evict_tail, __ATOMIC_ACQUIRE);
+    if (from == tail || from != a->evict_done || a->dying) continue;
+    uint32_t to = tail - from > EVICT_AT_ONCE ? from + EVICT_AT_ONCE : tail;
+    pthread_mutex_lock(&g->lock);
+    a->evict_sent = to; /* nobody may lengthen the last one from now on */
+    pthread_mutex_unlock(&g->lock);
+    if (command(g, a, SY_CMD_EVICT, 0, (uint64_t[6]){from, to}, NULL, 0)) evicted(g, a, from, to); /* (no memory: as if it had found nothing there) */
+  }
+  return again;
 }
 /* Address spaces whose service threads have ended: test, and test again, until the mm is gone; those that wait for frames: see whether there
  * are some now. Returns milliseconds to the next look. */
@@ -594,7 +590,7 @@ static int test_dying(struct sy_gateway *g) {
     }
     if (!next || a->next_test_ns < next) next = a->next_test_ns;
   }
-  send_evictions(g);
+  if (send_evictions(g) && (!next || next > now + 1000000)) next = now + 1000000;
   for (int i = 0; i < g->npend; i++)
     if (!g->pend[i].as) next = now + 1000000; /* threads that end */
   return next ? (int)((next - now) / 1000000) + 1 : -1;
@@ -723,7 +719,8 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
     if (mag_level(a, op->order) >= SY_MAG_SLOTS) return SY_R_FULL;
   }
   if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
-  if (op->op == SY_OP_RECLAIM) return g->hdr->slots ? take_run(g, op->pfn, n, SY_FF_SWAPPING) : SY_R_FULL;
+  if (op->op == SY_OP_RECLAIM && !g->hdr->slots) return SY_R_FULL;
+  if (op->op == SY_OP_RECLAIM) return op->arg == SY_RECLAIM_STANDBY ? stand_by(g, op->pfn, n) : take_run(g, op->pfn, n, SY_FF_SWAPPING);
   if (op->op == SY_OP_AGE) return take_run(g, op->pfn, n, SY_FF_AGED);
   if (op->op == SY_OP_RELEASE) {
     for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
@@ -960,7 +957,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   struct sy_gateway *g = calloc(1, sizeof *g);
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
-  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
+  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->urgent_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
   g->lobby_end = &g->lobby, g->swap_fd = g->slots_fd = g->slots_ro = -1;
   pthread_cond_init(&g->store_work, NULL);
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
@@ -980,10 +977,10 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
-  g->evict = malloc(EVICT_RING * sizeof *g->evict), g->store = malloc(EVICT_RING * sizeof *g->store), g->zpool = calloc(1, sizeof *g->zpool);
+  g->store = malloc(STORE_RING * sizeof *g->store), g->zpool = calloc(1, sizeof *g->zpool);
   if (g->zpool) g->zpool->slab = calloc(g->nframes, sizeof *g->zpool->slab);
   for (int i = 0; g->zpool && i < SY_SLAB_CACHES; i++) g->zpool->cache[i].partial = NONE;
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->evict || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};
@@ -1002,15 +999,16 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
     madvise(at, size, MADV_HUGEPAGE); /* with shmem_enabled=advise: 2 MiB folios */
     g->ram[i] = at;
     for (uint64_t f = 0; f < per; f++) g->frames[g->node[i].base + f].node = (uint8_t)i;
+    if (!(g->standby[i] = malloc(STANDBY_RING * sizeof **g->standby))) FAIL("no memory for the tables");
   }
 
-  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->urgent_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   take_spare(g);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   struct sockaddr_un a = {.sun_family = AF_UNIX};
   memcpy(a.sun_path, g->sock_path, strlen(g->sock_path) + 1);
   unlink(g->sock_path);
-  if (g->ev_fd < 0 || g->ep < 0 || g->poke_fd < 0 || g->listen_fd < 0 || g->spare_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
+  if (g->ev_fd < 0 || g->urgent_fd < 0 || g->ep < 0 || g->poke_fd < 0 || g->listen_fd < 0 || g->spare_fd < 0) FAIL("no descriptors left: %s", strerror(errno));
   if (bind(g->listen_fd, (struct sockaddr *)&a, sizeof a) || chmod(g->sock_path, 0666) || listen(g->listen_fd, 1024)) FAIL("cannot listen on %s: %s", g->sock_path, strerror(errno));
   if (!add_conn(g, g->listen_fd, CONN_LISTEN) || !add_conn(g, g->poke_fd, CONN_POKE)) FAIL("epoll: %s", strerror(errno));
   return g;

@@ -15,24 +15,30 @@ static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t
         a->pte[f[i].vpage] & SY_PTE_MLOCKED)
       return SY_R_STALE;
   if (flag == SY_FF_SWAPPING && slots_free(g) < g->swapping + n) return SY_R_FULL;
-  if (g->evict_head - g->evict_tail == EVICT_RING || g->store_head - g->store_tail > EVICT_RING / 2) return SY_R_BUSY;
-  for (uint32_t i = 0; i < n; i++) f[i].flags |= flag;
-  if (flag == SY_FF_SWAPPING) {
-    if (!g->swapping) g->swap_progress_ns = now_ns();
-    g->swapping += n;
+  if (a->evict_tail - a->evict_done == SY_EVICT_RUNS || g->store_head - g->store_tail > STORE_RING / 2) return SY_R_BUSY;
+  if (flag == SY_FF_SWAPPING) g->asked_ns = now_ns();
+  for (uint32_t i = 0; i < n; i++) {
+    if (flag == SY_FF_SWAPPING) leave(g, &f[i]);
+    else f[i].flags |= flag;
   }
-  struct run *last = g->evict_head != g->evict_tail ? &g->evict[(g->evict_head - 1) % EVICT_RING] : NULL;
-  if (last && last->asid == a->asid && last->flag == flag && last->pfn + last->n == pfn && last->vpage + last->n == f->vpage && last->n + n <= SY_CHUNK_PAGES)
-    last->n += n; /* one command for both */
+  struct sy_run *last = a->evict_tail != a->evict_sent ? &a->mag->evict[(a->evict_tail - 1) % SY_EVICT_RUNS] : NULL;
+  if (last && last->flag == flag && last->pfn + last->n == pfn && last->vpage + last->n == f->vpage && last->n + n <= SY_CHUNK_PAGES)
+    last->n += n; /* one piece of work for both */
   else
-    g->evict[g->evict_head++ % EVICT_RING] = (struct run){a->asid, pfn, n, flag, f->vpage};
+    a->mag->evict[a->evict_tail++ % SY_EVICT_RUNS] = (struct sy_run){(uint32_t)f->vpage, pfn, n, flag};
   return SY_R_COMPLETE;
+}
+/* When did anything last leave, or was asked to? What has not within this time is not waited for: its program may be stopped. */
+#define STUCK_NS 500000000ull
+static int moving(struct sy_gateway *g) {
+  uint64_t last = g->swap_progress_ns > g->asked_ns ? g->swap_progress_ns : g->asked_ns;
+  return now_ns() < last + STUCK_NS;
 }
 /* By ourselves, when nobody else has: round and round over the frames, oldest look first. Frames on their way (under lock). */
 static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
   uint64_t got = 0;
   if (!g->hdr->slots) return 0;
-  if (g->swapping >= want && now_ns() < g->swap_progress_ns + 200000000ull) return g->swapping;
+  if (g->swapping >= want && moving(g)) return g->swapping;
   for (uint32_t k = 0; k < g->nframes && got < want;) {
     uint32_t f = g->clock_hand, n = 1;
     const struct sy_frame *p = &g->frames[f];
@@ -47,20 +53,53 @@ static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
   count(g, SY_CNT_EVICTED_BY_GATEWAY, got);
   return got;
 }
-/* Under lock: a frame does not leave after all. */
-static void stay(struct sy_gateway *g, struct sy_frame *f) {
-  if (f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--;
+/* Chosen by kswapd for when memory is short (under lock). */
+static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
+  struct sy_frame *f = &g->frames[pfn];
+  for (uint32_t i = 0; i < n; i++)
+    if (f[i].state != SY_FRAME_MAPPED || f[i].flags & (SY_FF_SWAPPING | SY_FF_STANDBY)) return SY_R_STALE;
+  uint32_t nd = f->node, *level = &g->hdr->watermark[nd].standby;
+  if (*level + n > STANDBY_RING) return SY_R_FULL;
+  for (uint32_t i = 0; i < n; i++) {
+    f[i].flags |= SY_FF_STANDBY;
+    g->standby[nd][g->standby_tail[nd]++ % STANDBY_RING] = (struct standby){pfn + i, f[i].barrier, f[i].flags & SY_FF_AGED};
+  }
+  *level += n;
+  return SY_R_COMPLETE;
 }
-static void stays(struct sy_gateway *g, struct run r) {
-  for (uint32_t i = 0; r.flag == SY_FF_SWAPPING && i < r.n; i++)
-    if (g->frames[r.pfn + i].asid == r.asid) stay(g, &g->frames[r.pfn + i]);
+/* What stands by leaves until a node has `high` frames. Returns whether to look again soon. */
+static int relieve(struct sy_gateway *g, uint32_t nd) {
+  struct sy_watermarks *m = &g->hdr->watermark[nd];
+  uint64_t on_the_way = moving(g) ? g->swapping_on[nd] : 0;
+  g->reclaiming[nd] |= m->free < m->low;
+  while (g->reclaiming[nd] && m->standby && m->free + on_the_way < m->high) {
+    struct standby s = g->standby[nd][g->standby_head[nd] % STANDBY_RING];
+    struct sy_frame *f = &g->frames[s.pfn];
+    int same = f->barrier == s.barrier && f->flags & SY_FF_STANDBY, touched = s.aged && !(f->flags & SY_FF_AGED);
+    uint32_t r = same && !touched ? take_run(g, s.pfn, 1, SY_FF_SWAPPING) : SY_R_STALE;
+    if (r == SY_R_BUSY || r == SY_R_FULL) break;
+    if (same) f->flags &= (uint8_t)~SY_FF_STANDBY;
+    g->standby_head[nd]++, m->standby--;
+    on_the_way += r == SY_R_COMPLETE;
+  }
+  if (m->free < m->min && !m->standby && g->hdr->component[SY_C_KSWAPD].state != 1) reclaim_some(g, m->high);
+  if (m->free + on_the_way >= m->high) g->reclaiming[nd] = 0;
+  return m->free < m->high && (m->standby || on_the_way);
+}
+static void stays(struct sy_gateway *g, struct taken t) {
+  for (uint32_t i = 0; t.run.flag == SY_FF_SWAPPING && i < t.run.n; i++)
+    if (g->frames[t.run.pfn + i].asid == t.asid) stay(g, &g->frames[t.run.pfn + i]);
 }
 /* Server thread: what has been taken away goes to the store thread. */
-static void evicted(struct sy_gateway *g, struct run r) {
-  if (r.flag == SY_FF_AGED) return;
+static void evicted(struct sy_gateway *g, struct as *a, uint32_t from, uint32_t to) {
   pthread_mutex_lock(&g->lock);
-  if (g->store_head - g->store_tail == EVICT_RING) stays(g, r); /* commands may come back all at once; a touch finds the page where it was */
-  else g->store[g->store_head++ % EVICT_RING] = r;
+  for (uint32_t i = from; i != to; i++) {
+    struct taken t = {a->asid, a->mag->evict[i % SY_EVICT_RUNS]};
+    if (t.run.flag == SY_FF_AGED) continue;
+    if (g->store_head - g->store_tail == STORE_RING) stays(g, t); /* a touch finds the page where it was */
+    else g->store[g->store_head++ % STORE_RING] = t;
+  }
+  a->evict_done = to;
   pthread_cond_signal(&g->store_work);
   pthread_mutex_unlock(&g->lock);
 }
@@ -98,8 +137,8 @@ static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64
 /* The next run of those taken away, under lock. 0: there is none. */
 static int store_next(struct sy_gateway *g) {
   if (g->store_head == g->store_tail) return 0;
-  struct run r = g->store[g->store_tail++ % EVICT_RING];
-  for (uint32_t i = 0; i < r.n; i++) store_page(g, r.asid, r.pfn + i, r.vpage + i);
+  struct taken t = g->store[g->store_tail++ % STORE_RING];
+  for (uint32_t i = 0; i < t.run.n; i++) store_page(g, t.asid, t.run.pfn + i, t.run.vpage + i);
   return 1;
 }
 static void *store_thread(void *arg) {

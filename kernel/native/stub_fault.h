@@ -311,7 +311,7 @@ static void run_command(const volatile struct sy_cmd *c) {
     unlock();
   } else if (c->op == SY_CMD_EVICT) {
     lock_and_serve();
-    r = mode == MANAGED ? evict_for_store((uint64_t)a[0], (uint64_t)a[1], (uint64_t)a[2]) : 0;
+    r = mode == MANAGED ? evict_for_store((uint32_t)a[0], (uint32_t)a[1]) : 0;
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;

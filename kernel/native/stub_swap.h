@@ -5,30 +5,54 @@
  * number there: only then is the frame free. Whoever touches the page before wins: the frame is mapped again, the gateway's
  * compare-and-swap fails, and the slot is dropped. So whatever dies at whatever moment, a word says where the content is. */
 
-/* Command thread, under mm_lock. Number of pages taken away. */
-static long evict_for_store(uint64_t p, uint64_t pfn, uint64_t n) {
-  uint64_t taken = 0;
-  if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) return 0;
-  for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
-    for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]); k++) {
-      word_t x = LOAD(pte[p + i + k]);
-      if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || x >> SY_PTE_PFN_SHIFT != pfn + i + k || (x & SY_PTE_MLOCKED)) break;
-      if (!CAS(pte[p + i + k], &x, locked(x))) break;
-    }
-    if (!k) continue;
-    long r = SYS(__NR_madvise, VA(p + i), k * PS, MADV_DONTNEED, 0, 0);
-    word_t contended = 0;
-    for (uint64_t j = i; j < i + k; j++) {
-      word_t keep = LOAD(pte[p + j]) & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED | SY_PTE_HASFRAME);
-      contended |= __atomic_exchange_n(&pte[p + j], keep | (r ? SY_PTE_PRESENT : SY_PTE_SWAPPED | SY_PTE_HASFRAME | SY_PTE_STALE), __ATOMIC_SEQ_CST) & SY_PTE_CONTENDED;
-    }
-    if (contended) wake(p + i, k);
-    if (r) continue;
-    taken += k;
-    __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&ctl->pages_swapped, k, __ATOMIC_RELAXED);
+/* One range of a vector; by one call of the kernel's for all of them where it has that (6.16 flushes TLBs once for all). */
+#define TAKE 128
+static struct iovec take_vec[TAKE];
+static long take_away(const struct iovec *v, uint64_t n) {
+  static int no_vectors; /* command thread only */
+  long r = 0, whole = 0;
+  for (uint64_t i = 0; i < n; i++) whole += (long)v[i].iov_len;
+  if (n > 1 && !no_vectors && !(no_vectors = SYS(__NR_process_madvise, -10001 /* PIDFD_SELF_THREAD_GROUP */, v, n, MADV_DONTNEED, 0) != whole)) return 0;
+  for (uint64_t i = 0; i < n; i++) {
+    long e = SYS(__NR_madvise, v[i].iov_base, v[i].iov_len, MADV_DONTNEED, 0, 0);
+    if (e) r = e;
   }
-  return (long)taken;
+  return r;
+}
+/* What has been locked is gone (SWAPPED, the frame has it still); or, where the kernel refused, may be there or not: a touch shows. */
+static uint64_t taken_away(const struct iovec *v, uint64_t n, long failed) {
+  uint64_t taken = 0;
+  for (uint64_t i = 0; i < n; i++) {
+    uint64_t p = PAGE(v[i].iov_base), k = v[i].iov_len / PS;
+    word_t contended = 0;
+    for (uint64_t j = p; j < p + k; j++) {
+      word_t keep = LOAD(pte[j]) & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_CONTENDED | SY_PTE_HASFRAME);
+      contended |= __atomic_exchange_n(&pte[j], keep | (failed ? SY_PTE_PRESENT : SY_PTE_SWAPPED | SY_PTE_HASFRAME | SY_PTE_STALE), __ATOMIC_SEQ_CST) & SY_PTE_CONTENDED;
+    }
+    if (contended) wake(p, k);
+    taken += failed ? 0 : k;
+  }
+  __atomic_fetch_sub(&ctl->pages_mapped, taken, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&ctl->pages_swapped, taken, __ATOMIC_RELAXED);
+  return taken;
+}
+/* Command thread, under mm_lock: runs [from, to) of mag->evict. Number of pages taken away. */
+static long evict_for_store(uint32_t from, uint32_t to) {
+  uint64_t taken = 0, some = 0;
+  for (; from != to; from++) {
+    uint64_t p = mag->evict[from % SY_EVICT_RUNS].vpage, pfn = mag->evict[from % SY_EVICT_RUNS].pfn, n = mag->evict[from % SY_EVICT_RUNS].n;
+    if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) continue;
+    for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
+      for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]); k++) {
+        word_t x = LOAD(pte[p + i + k]);
+        if ((x & SY_PTE_MLOCKED) || !lock_present(p + i + k, pfn + i + k)) break;
+      }
+      if (!k) continue;
+      take_vec[some++] = (struct iovec){(void *)VA(p + i), k * PS};
+      if (some == TAKE) taken += taken_away(take_vec, some, take_away(take_vec, some)), some = 0;
+    }
+  }
+  return (long)(taken + taken_away(take_vec, some, some ? take_away(take_vec, some) : 0));
 }
 
 /* Asks the gateway's store and waits. 0, or an errno; -1: there is no gateway any more. */
@@ -53,22 +77,27 @@ static void back_again(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
 }
 
 #define READ_AHEAD_ORDER 5
-/* A block of at most that order: from the magazine; of a bigger one the rest goes back. *got is its order. */
+/* A block of at most that order from the magazine; of a bigger one the rest goes back. *got is its order. SY_NO_FRAME: it is empty. */
+static uint32_t ready_frames(int me, int order, int *got) {
+  for (int o = order; o >= 0; o--) {
+    uint32_t pfn = mag_pop(me, o);
+    if (pfn != SY_NO_FRAME) return *got = o, pfn;
+  }
+  for (int o = order + 1; o <= SY_HUGE_ORDER; o++) {
+    uint32_t pfn = mag_pop(me, o);
+    if (pfn == SY_NO_FRAME) continue;
+    post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (1u << order), (1ull << o) - (1u << order), 0, 0, 1);
+    STORE(ctl->in_hand_order[me], (uint32_t)order);
+    return *got = order, pfn;
+  }
+  return SY_NO_FRAME;
+}
+/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more. */
 static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
-    for (int o = order; o >= 0; o--) {
-      uint32_t pfn = mag_pop(me, o);
-      if (pfn != SY_NO_FRAME) return *got = o, pfn;
-    }
-    for (int o = order + 1; o <= SY_HUGE_ORDER; o++) {
-      uint32_t pfn = mag_pop(me, o);
-      if (pfn == SY_NO_FRAME) continue;
-      post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (1u << order), (1ull << o) - (1u << order), 0, 0, 1);
-      STORE(ctl->in_hand_order[me], (uint32_t)order);
-      return *got = order, pfn;
-    }
+    uint32_t pfn = ready_frames(me, order, got);
+    if (pfn != SY_NO_FRAME || LOAD(gateway_dead)) return pfn;
     if (!refill(order, p)) continue;
-    if (LOAD(gateway_dead)) return SY_NO_FRAME;
     if (order) order = 0;
     else nap(1000);
   }
@@ -132,6 +161,28 @@ static void map_again(uint64_t p, word_t w, int prot) {
 static void store_again(uint64_t p, uint64_t n, word_t flags) {
   for (uint64_t i = p; i < p + n; i++) STORE(pte[i], (LOAD(pte[i]) & ~(word_t)(PS - 1)) | SY_PTE_SWAPPED | flags);
 }
+/* The pages of [p, p + 2^order), whose words are locked, into frames from pfn on, and mapped. 0; or an errno, or -1 without a gateway: the words are as
+ * before. */
+static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t pfn, int prot, word_t flags, int ours) {
+  uint64_t n = 1ull << order;
+  int e = ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
+  if (e) {
+    post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
+    STORE(ctl->in_hand[me], SY_NO_FRAME);
+    return e;
+  }
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
+  STORE(ctl->in_hand[me], SY_NO_FRAME);
+  long r = map_frames(p, pfn, n, prot);
+  post(SY_MSG_PAGE_MAPPED, p, pfn, n, order, 0, 0);
+  if (ours) slots_done(p, slot, n, pfn);
+  if (r < 0) { /* too many mappings: the content stays in the frames */
+    for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
+    nap(1000);
+  } else
+    back_again(p, pfn, n, prot);
+  return 0;
+}
 /* A touch of a page that was taken away. Fault thread. */
 static void swap_in(int me, uint64_t p, int write) {
   word_t w = LOAD(pte[p]);
@@ -157,29 +208,17 @@ static void swap_in(int me, uint64_t p, int write) {
     if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
     slot[n++] = (uint32_t)(x >> SY_PTE_PFN_SHIFT);
   }
-  uint64_t all = n;
-  while (n & (n - 1)) store_again(p + --n, 1, flags);
-  uint32_t pfn = some_frames(me, p, __builtin_ctzll(n), &got);
-  if (n > 1ull << got) n = 1ull << got, store_again(p + n, all - n, flags);
-  int e = pfn == SY_NO_FRAME ? -1 : ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
-  if (e) { /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
-    if (pfn != SY_NO_FRAME) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
-    STORE(ctl->in_hand[me], SY_NO_FRAME);
-    store_again(p, n, flags);
-    if (e > 0) nap(10000), wake(p, all);
-    return;
+  uint64_t done = 0;
+  int e = 0;
+  for (uint32_t pfn; done < n; done += 1ull << got) { /* in as many pieces as frames come in: one fault is dearer than some mappings */
+    int order = 63 - __builtin_clzll(n - done);
+    pfn = done ? ready_frames(me, order, &got) : some_frames(me, p, order, &got);
+    if (pfn == SY_NO_FRAME || (e = piece(me, p + done, slot + done, got, pfn, prot, flags, ours))) break;
   }
-  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
-  STORE(ctl->in_hand[me], SY_NO_FRAME);
-  long r = map_frames(p, pfn, n, prot);
-  post(SY_MSG_PAGE_MAPPED, p, pfn, n, got, 0, 0);
-  if (ours) slots_done(p, slot, n, pfn);
-  if (r < 0) { /* too many mappings: the content stays in the frames */
-    for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
-    nap(1000);
-  } else
-    back_again(p, pfn, n, prot);
-  wake(p, all);
+  store_again(p + done, n - done, flags);
+  /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
+  if (e > 0) nap(10000);
+  if (done || e > 0) wake(p, n);
 }
 
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in

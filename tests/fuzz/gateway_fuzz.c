@@ -239,7 +239,7 @@ static void commit(void) {
     op[i].asid = b & 32 ? honest->asid : p->asid ? p->asid : (uint32_t)number();
     op[i].pfn = b & 16 ? (uint32_t)(take(1) << op[i].order % 16) % FRAMES : a_pfn(as_of(p));
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
-    op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : 0;
+    op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : 0;
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
     if (op[i].pfn < FRAMES) last_barrier = G->frames[op[i].pfn].barrier;
   }
@@ -318,9 +318,13 @@ static void run_storer(void) {
       for (int k = 0; k < SY_CMD_SLOTS && !c; k++)
         if (a->mag->cmd[k].id == id) c = &a->mag->cmd[k];
       if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
-      for (uint64_t k = 0; k < c->args[2] && c->args[0] + k < SY_ARENA_PAGES; k++) {
-        a->chunks[(c->args[0] + k) / SY_CHUNK_PAGES] = 1;
-        a->pte[c->args[0] + k] = (c->args[1] + k) << SY_PTE_PFN_SHIFT | SY_PTE_SWAPPED | SY_PTE_HASFRAME;
+      for (uint32_t r = (uint32_t)c->args[0]; r != (uint32_t)c->args[1]; r++) {
+        struct sy_run run = a->mag->evict[r % SY_EVICT_RUNS];
+        MUST(run.n && run.vpage + run.n <= SY_ARENA_PAGES && run.pfn + run.n <= FRAMES, "a stub is told to take away page %u, %u of them", run.vpage, run.n);
+        for (uint64_t k = 0; k < run.n; k++) {
+          a->chunks[(run.vpage + k) / SY_CHUNK_PAGES] = 1;
+          a->pte[run.vpage + k] = (run.pfn + k) << SY_PTE_PFN_SHIFT | SY_PTE_SWAPPED | SY_PTE_HASFRAME;
+        }
       }
       a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, 0};
     }
@@ -491,7 +495,9 @@ static void bury_all(void) {
   for (int i = 0; i < G->npend; i++) MUST(G->pend[i].as == honest && !G->pend[i].listener, "commands wait for the dead");
   G->npend = 0, honest->outstanding = 0;
   for (uint32_t k = 0; k < 16; k++) G->frames[honest_pfn + k].flags = 0;
-  G->swapping = 0, G->store_tail = G->store_head;
+  G->swapping = 0, memset(G->swapping_on, 0, sizeof G->swapping_on), G->store_tail = G->store_head;
+  honest->evict_tail = honest->evict_sent = honest->evict_done;
+  MUST(!G->hdr->pool_frames, "%u frames of the pool leaked", G->hdr->pool_frames);
   MUST(!G->hdr->slots_used, "%u slots leaked", G->hdr->slots_used);
   for (int o = 0; o <= SY_MAX_ORDER; o++)
     while (G->nreserve[o]) {
@@ -511,7 +517,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   G = sy_gw_new(dir, FRAMES * PS, 2, err, sizeof err);
   MUST(G, "%s", err);
   snprintf(err, sizeof err, "%s/swap", dir);
-  MUST(!sy_gw_set_swap(G, err, 256 * PS), "no swap file");
+  MUST(!sy_gw_set_swap(G, err, 256 * PS, FRAMES / 4), "no swap file");
   for (uint32_t f = 0; f < FRAMES; f += CHUNK_FRAMES) populate_chunk(G, G->frames[f].node, f, -1);
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
@@ -532,6 +538,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   in = data, left = size;
   chunks_set = 0, hook_in = 0, last_pfn = last_barrier = 0;
   G->slot_hint = G->clock_hand = G->swapped_out = 0;
+  for (uint32_t nd = 0; nd < G->nodes; nd++) G->standby_head[nd] = G->standby_tail[nd] = 0, G->hdr->watermark[nd].standby = 0, G->reclaiming[nd] = 0;
   G->hint = 0, G->next_asid = honest->asid; /* the same input, the same frames and names */
   memset(tail_asid, 0, sizeof tail_asid);
   for (int steps = 0; left && steps < 400; steps++) {

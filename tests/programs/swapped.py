@@ -14,7 +14,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def pattern(i):
-    return random.Random(i).randbytes(4096) * 255 + i.to_bytes(4096, "little")
+    """Pages for every tier of the store, in turn: what no compressor makes smaller, half text, a word repeated, zeros."""
+    r = random.Random(i).randbytes(4096)
+    return (r + r[:2048] + b"such text " * 204 + bytes(8) + r[:8] * 512 + bytes(4096)) * 63 + i.to_bytes(4 * 4096, "little")
 
 
 def new():
