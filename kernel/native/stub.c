@@ -226,6 +226,7 @@ static int serve_request(void) {
 }
 
 #include "stub_space.h"
+#include "stub_futex.h"
 #include "stub_fault.h"
 #include "stub_fork.h"
 #include "stub_entry.h"

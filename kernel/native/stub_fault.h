@@ -295,6 +295,34 @@ static int needs_release(long nr, const long *a) {
   return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
 }
 
+static void done(const volatile struct sy_cmd *c, long r) {
+  struct sy_cmd_done *d = &ctl->done[c->id % SY_CMD_SLOTS];
+  d->result = r;
+  STORE(d->id, c->id);
+}
+static void tell_done(void) {
+  struct sy_request q = {.kind = SY_REQ_CMD_DONE};
+  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+}
+
+/* All evictions that wait, then one look at the threads, and only then they are done: until then the words name the frames. */
+static uint32_t run_evictions(uint32_t first) {
+  long r[SY_CMD_SLOTS], taken = 0;
+  uint32_t n = 0;
+  for (; n < SY_CMD_SLOTS && LOAD(mag->cmd_tail) != first + n; n++) {
+    const volatile struct sy_cmd *c = &mag->cmd[(first + n) % SY_CMD_SLOTS];
+    if (c->op != SY_CMD_EVICT) break;
+    while (!trylock())
+      if (!serve_request()) nap(20);
+    taken += r[n] = mode == MANAGED ? evict_for_store(c->args[0], c->args[1], c->args[2]) : 0;
+    unlock();
+  }
+  if (taken) look_at_threads(1);
+  for (uint32_t i = 0; i < n; i++) done(&mag->cmd[(first + i) % SY_CMD_SLOTS], r[i]);
+  if (n) tell_done();
+  return n;
+}
+
 static void run_command(const volatile struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
   for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
@@ -303,11 +331,6 @@ static void run_command(const volatile struct sy_cmd *c) {
     while (!trylock())
       if (!serve_request()) nap(20);
     r = emulate(c->nr, a);
-    unlock();
-  } else if (c->op == SY_CMD_EVICT) {
-    while (!trylock())
-      if (!serve_request()) nap(20);
-    r = mode == MANAGED ? evict_for_store((uint64_t)a[0], (uint64_t)a[1], (uint64_t)a[2]) : 0;
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
@@ -320,11 +343,8 @@ static void run_command(const volatile struct sy_cmd *c) {
     }
   } else if (c->op == SY_CMD_PING)
     r = 0;
-  struct sy_cmd_done *d = &ctl->done[c->id % SY_CMD_SLOTS];
-  d->result = r;
-  STORE(d->id, c->id);
-  struct sy_request q = {.kind = SY_REQ_CMD_DONE};
-  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+  done(c, r);
+  tell_done();
 }
 
 static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t flags);
@@ -415,6 +435,7 @@ static void command_thread(long unused) {
       if (t < 0) ok = i > 0; /* one is enough */
       else q.tids[1 + i] = (uint32_t)t, service_threads++;
     }
+    memcpy(service_tid, q.tids, sizeof service_tid);
     if (ok) SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   }
   if (!ok) {
@@ -428,6 +449,7 @@ static void command_thread(long unused) {
   futex_wake(&join_state, 0);
   for (;;) {
     while (serve_request() || LOAD(mag->cmd_tail) != seen) {
+      seen += run_evictions(seen);
       if (LOAD(mag->cmd_tail) != seen) run_command(&mag->cmd[seen++ % SY_CMD_SLOTS]);
     }
     /* two words at once: a command of the gateway's, a request of a program thread */
