@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -195,3 +196,66 @@ with open("/proc/self/mem", "r+b", buffering=0) as mem:
 print(ctypes.string_at(at, 1))
 """
     assert run(enclave, code) == ["-1 22", "not written", "b'\\x01'"]
+
+
+def both(enclave: Enclave, program: Path, what: str) -> tuple[str, str]:
+    """Outputs natively and managed."""
+    native = subprocess.run([program, what], capture_output=True, text=True, timeout=30)
+    managed = enclave.run([program, what], timeout=30)
+    assert native.returncode == managed.returncode == 0 and managed.stderr == "", managed
+    return native.stdout, managed.stdout
+
+
+def test_forks_by_other_architectures_entries(enclave: Enclave, compiled: Compiled) -> None:
+    """int 0x80, where the kernel has it, after a release; x32 is ENOSYS, as on a kernel without it."""
+    before = enclave.status()["counters"]["released"]
+    native, managed = both(enclave, compiled("rare"), "forks")
+    ia32 = native.splitlines()[0]
+    assert managed == f"{ia32}\nx32: Function not implemented\n"
+    assert enclave.status()["counters"]["released"] == before + ("child 700" in ia32)
+
+
+def test_vfork_of_a_copy(enclave: Enclave, compiled: Compiled) -> None:
+    """clone(CLONE_VFORK) without CLONE_VM: other threads' first touches wait until the child executes something, no longer."""
+    native, managed = both(enclave, compiled("rare"), "vfork_of_a_copy")
+    said = "waited for the child, which did 9; parent's page 0; a first touch meanwhile "
+    assert (native, managed) == (said + "went on\n", said + "waited too\n")
+
+
+def test_waiters_at_a_dropped_futex(enclave: Enclave, compiled: Compiled) -> None:
+    assert both(enclave, compiled("rare"), "dropped_futex") == ("woken\n", "lost\n")
+
+
+def test_priority_inheriting_futexes_over_a_release(enclave: Enclave, compiled: Compiled) -> None:
+    """Not private: who waits with a time-out has it pass."""
+    assert both(enclave, compiled("rare"), "released_pi") == ("locked\n", "Connection timed out\n")
+
+
+def test_vfork_child_whose_parent_is_killed(enclave: Enclave, compiled: Compiled) -> None:
+    """The gateway serves its first touches until it executes something."""
+    p = enclave.popen([compiled("rare"), "orphan"])
+    assert p.stdout
+    child = int(p.stdout.readline())
+    os.kill(p.pid, signal.SIGKILL)
+    assert p.wait(10) == -signal.SIGKILL
+    try:
+        assert p.communicate(timeout=20)[0] == "touched 48\nexecuted\n"
+    finally:
+        if Path(f"/proc/{child}/cmdline").exists() and b"orphan" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+
+
+def test_what_children_have_used(enclave: Enclave) -> None:
+    """Of a program started by `sylvie run` it is more, by what `sylvie run` needed; of what that program starts in turn (by vfork) it is not."""
+
+    def used(cmd: list[str]) -> resource.struct_rusage:
+        pid = os.posix_spawn(cmd[0], cmd, os.environ)
+        _, status, usage = os.wait4(pid, 0)
+        assert status == 0
+        return usage
+
+    native, managed = used(["/bin/true"]), used(enclave.command(["/bin/true"]))
+    assert managed.ru_minflt > native.ru_minflt + 1000
+    assert managed.ru_utime + managed.ru_stime > native.ru_utime + native.ru_stime + 0.02
+    code = "import resource, subprocess; subprocess.run(['/bin/true']); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt)"
+    assert int(enclave.run([sys.executable, "-c", code]).stdout) < native.ru_minflt + 500
