@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -259,3 +260,44 @@ def test_what_children_have_used(enclave: Enclave) -> None:
     assert managed.ru_utime + managed.ru_stime > native.ru_utime + native.ru_stime + 0.02
     code = "import resource, subprocess; subprocess.run(['/bin/true']); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt)"
     assert int(enclave.run([sys.executable, "-c", code]).stdout) < native.ru_minflt + 500
+
+
+def test_more_mappings_than_the_kernel_allows(enclave: Enclave, compiled: Compiled) -> None:
+    """Pages that find no mapping are native, and counted; nothing is lost. A page that was given back, and needs another mapping, waits for it. With
+    the kernel's own limit, for a moment, as two million take 4 GiB."""
+    limit = Path("/proc/sys/vm/max_map_count")
+    p = enclave.popen([compiled("rare"), "many_mappings"], stdin=subprocess.PIPE)
+    assert p.stdin and p.stdout
+    out = p.stdout
+
+    def go_on() -> None:
+        assert p.stdin
+        p.stdin.write("\n")
+        p.stdin.flush()
+
+    def line(timeout: float = 30) -> str:
+        return out.readline() if select.select([out], [], [], timeout)[0] else "nothing"
+
+    def shares() -> tuple[int, int]:
+        a = next(a for a in enclave.status()["address_spaces"] if a["pid"] == p.pid)
+        return a["mapped"], a["native_pages"]
+
+    try:
+        assert line() == "there\n" and shares()[1] == 0
+        before = limit.read_text()
+        try:
+            limit.write_text("65530")
+            go_on()
+            assert line() == "wrong: 0, dropped and still there: 0\n"
+            mapped, native = shares()
+            assert mapped < 33_000 and 40_000 <= mapped + native <= 40_200, (mapped, native)
+            go_on()
+            assert line(0.5) == "nothing"
+        finally:
+            limit.write_text(before)
+        assert line() == "then 0\n"
+        go_on()
+        assert line() == "wrong: 0, unmapped 0\n" and p.wait(20) == 0
+    finally:
+        p.kill()
+        p.wait(10)

@@ -168,9 +168,15 @@ static void first_touch(int me, uint64_t p, int write) {
     if (r < 0 && r > -4096) { /* not even a mapping: as long as the old one is anonymous, a zero page in it will do */
       struct uffdio_zeropage z = {.range = {VA(p), PS}};
       long e = SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0);
-      lock_back(first, use);
-      if (e == 0) STORE(pte[p], SY_PTE_NATIVE);
-      else nap(1000); /* try again: something may have been unmapped meanwhile */
+      lock_back(first, p - first);
+      lock_back(p + 1, first + use - p - 1);
+      if (e == 0) {
+        STORE(pte[p], SY_PTE_NATIVE); /* at once: for a word that is free another thread might map a frame over it */
+        __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+      } else {
+        lock_back(p, 1);
+        nap(1000); /* try again: something may have been unmapped meanwhile */
+      }
     } else {
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0));
       __atomic_fetch_add(&ctl->pages_native, use, __ATOMIC_RELAXED);
@@ -218,6 +224,11 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
       }
       wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);
       return;
+    case SY_PTE_NATIVE: { /* one without a mapping of its own (see first_touch), and dropped since */
+      struct uffdio_zeropage z = {.range = {VA(p), PS}};
+      if (SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) < 0) wake(p, 1);
+      return;
+    }
     default: wake(p, 1); return;
     }
   }

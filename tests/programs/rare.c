@@ -177,8 +177,33 @@ static void many_calls(void) {
   printf("failed: %ld\n", failed);
 }
 
+static void go_on(const char *said) {
+  char b;
+  if (write(1, said, strlen(said)) < 0 || read(0, &b, 1) != 1) exit(2);
+}
+#define TOUCHED 40000
+static void many_mappings(void) { /* every second page, so that no two frames share one */
+  char *p = some(TOUCHED * 8192);
+  int bad = 0, there = 0;
+  for (int i = 0; i < TOUCHED; i++) mprotect(p + i * 8192 + 4096, 4096, PROT_NONE);
+  go_on("there\n");
+  for (int i = 0; i < TOUCHED; i++) *(int *)(void *)(p + i * 8192) = i + 1;
+  for (int i = 0; i < TOUCHED; i++) bad += *(int *)(void *)(p + i * 8192) != i + 1;
+  for (int i = TOUCHED - 500; i < TOUCHED; i++) /* native ones */
+    madvise(p + i * 8192, 4096, MADV_DONTNEED), there += *(int *)(void *)(p + i * 8192), *(int *)(void *)(p + i * 8192) = i + 1;
+  printf("wrong: %d, dropped and still there: %d\n", bad, there), fflush(stdout);
+  go_on("");
+  madvise(p, 4096, MADV_DONTNEED); /* a frame: what comes instead needs another mapping */
+  printf("then %d\n", *(int *)(void *)p), fflush(stdout);
+  go_on("");
+  char *more = some(1 << 20);
+  memset(more, 1, 1 << 20);
+  for (int i = 1; i < TOUCHED; i++) bad += *(int *)(void *)(p + i * 8192) != i + 1;
+  printf("wrong: %d, unmapped %d\n", bad, munmap(p, TOUCHED * 8192));
+}
+
 int main(int argc, char **argv) {
-  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}};
+  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}};
   for (unsigned i = 0; argc > 1 && i < sizeof what / sizeof *what; i++)
     if (!strcmp(what[i].name, argv[1])) what[i].fn();
   return 0;
