@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import array
+import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -377,3 +379,40 @@ def test_down_with_a_program_running(root_dir: Path) -> None:
     )
     assert b'"fixed": true' in done.stdout or b'"fixed": false' in done.stdout
     assert ROOT.exists()
+
+
+@contextlib.contextmanager
+def stopped_thread(tid: int) -> Iterator[None]:
+    """One thread of a program, by ptrace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.ptrace(0x4206, tid, None, None) == 0, os.strerror(ctypes.get_errno())  # PTRACE_SEIZE
+    assert libc.ptrace(0x4207, tid, None, None) == 0  # PTRACE_INTERRUPT
+    os.waitpid(tid, 0x40000000)  # __WALL
+    try:
+        yield
+    finally:
+        libc.ptrace(17, tid, None, None)  # PTRACE_DETACH
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_very_many_calls_under_way(own_enclave: Enclave, compiled: Compiled, killed: bool) -> None:
+    """600 that the stub does not carry out now: all are answered at the end, those that a killed gateway had taken, and those that it had not."""
+    p = own_enclave.popen([compiled("rare"), "many_calls"], stdin=subprocess.PIPE)
+    try:
+        assert p.stdin and p.stdout and p.stdout.readline() == "there\n"
+        tasks = Path(f"/proc/{p.pid}/task")
+        (command_thread,) = [int(t.name) for t in tasks.iterdir() if (t / "syscall").read_text().startswith("449 ")]
+        before = own_enclave.status()["counters"]["notifications"]
+        with stopped_thread(command_thread):
+            p.stdin.write("\n")
+            p.stdin.flush()
+            wait_for(lambda: own_enclave.status()["counters"]["notifications"] >= before + 512, 20, "no calls come")
+            time.sleep(0.2)
+            assert own_enclave.status()["counters"]["notifications"] == before + 512  # what the keeper's page holds
+            if killed:
+                os.kill(own_enclave.gateway_pid(), signal.SIGKILL)
+                wait_for(lambda: len(list(tasks.iterdir())) == 4, 20, "calls are not answered")
+        assert p.communicate("\n", timeout=20)[0] == "failed: 0\n"
+    finally:
+        p.kill()
+        p.wait(10)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -195,3 +197,107 @@ with open("/proc/self/mem", "r+b", buffering=0) as mem:
 print(ctypes.string_at(at, 1))
 """
     assert run(enclave, code) == ["-1 22", "not written", "b'\\x01'"]
+
+
+def both(enclave: Enclave, program: Path, what: str) -> tuple[str, str]:
+    """Outputs natively and managed."""
+    native = subprocess.run([program, what], capture_output=True, text=True, timeout=30)
+    managed = enclave.run([program, what], timeout=30)
+    assert native.returncode == managed.returncode == 0 and managed.stderr == "", managed
+    return native.stdout, managed.stdout
+
+
+def test_forks_by_other_architectures_entries(enclave: Enclave, compiled: Compiled) -> None:
+    """int 0x80, where the kernel has it, after a release; x32 is ENOSYS, as on a kernel without it."""
+    before = enclave.status()["counters"]["released"]
+    native, managed = both(enclave, compiled("rare"), "forks")
+    ia32 = native.splitlines()[0]
+    assert managed == f"{ia32}\nx32: Function not implemented\n"
+    assert enclave.status()["counters"]["released"] == before + ("child 700" in ia32)
+
+
+def test_vfork_of_a_copy(enclave: Enclave, compiled: Compiled) -> None:
+    """clone(CLONE_VFORK) without CLONE_VM: other threads' first touches wait until the child executes something, no longer."""
+    native, managed = both(enclave, compiled("rare"), "vfork_of_a_copy")
+    said = "waited for the child, which did 9; parent's page 0; a first touch meanwhile "
+    assert (native, managed) == (said + "went on\n", said + "waited too\n")
+
+
+def test_waiters_at_a_dropped_futex(enclave: Enclave, compiled: Compiled) -> None:
+    assert both(enclave, compiled("rare"), "dropped_futex") == ("woken\n", "lost\n")
+
+
+def test_priority_inheriting_futexes_over_a_release(enclave: Enclave, compiled: Compiled) -> None:
+    """Not private: who waits with a time-out has it pass."""
+    assert both(enclave, compiled("rare"), "released_pi") == ("locked\n", "Connection timed out\n")
+
+
+def test_vfork_child_whose_parent_is_killed(enclave: Enclave, compiled: Compiled) -> None:
+    """The gateway serves its first touches until it executes something."""
+    p = enclave.popen([compiled("rare"), "orphan"])
+    assert p.stdout
+    child = int(p.stdout.readline())
+    os.kill(p.pid, signal.SIGKILL)
+    assert p.wait(10) == -signal.SIGKILL
+    try:
+        assert p.communicate(timeout=20)[0] == "touched 48\nexecuted\n"
+    finally:
+        if Path(f"/proc/{child}/cmdline").exists() and b"orphan" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+
+
+def test_what_children_have_used(enclave: Enclave) -> None:
+    """Of a program started by `sylvie run` it is more, by what `sylvie run` needed; of what that program starts in turn (by vfork) it is not."""
+
+    def used(cmd: list[str]) -> resource.struct_rusage:
+        pid = os.posix_spawn(cmd[0], cmd, os.environ)
+        _, status, usage = os.wait4(pid, 0)
+        assert status == 0
+        return usage
+
+    native, managed = used(["/bin/true"]), used(enclave.command(["/bin/true"]))
+    assert managed.ru_minflt > native.ru_minflt + 1000
+    assert managed.ru_utime + managed.ru_stime > native.ru_utime + native.ru_stime + 0.02
+    code = "import resource, subprocess; subprocess.run(['/bin/true']); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt)"
+    assert int(enclave.run([sys.executable, "-c", code]).stdout) < native.ru_minflt + 500
+
+
+def test_more_mappings_than_the_kernel_allows(enclave: Enclave, compiled: Compiled) -> None:
+    """Pages that find no mapping are native, and counted; nothing is lost. A page that was given back, and needs another mapping, waits for it. With
+    the kernel's own limit, for a moment, as two million take 4 GiB."""
+    limit = Path("/proc/sys/vm/max_map_count")
+    p = enclave.popen([compiled("rare"), "many_mappings"], stdin=subprocess.PIPE)
+    assert p.stdin and p.stdout
+    out = p.stdout
+
+    def go_on() -> None:
+        assert p.stdin
+        p.stdin.write("\n")
+        p.stdin.flush()
+
+    def line(timeout: float = 30) -> str:
+        return out.readline() if select.select([out], [], [], timeout)[0] else "nothing"
+
+    def shares() -> tuple[int, int]:
+        a = next(a for a in enclave.status()["address_spaces"] if a["pid"] == p.pid)
+        return a["mapped"], a["native_pages"]
+
+    try:
+        assert line() == "there\n" and shares()[1] == 0
+        before = limit.read_text()
+        try:
+            limit.write_text("65530")
+            go_on()
+            assert line() == "wrong: 0, dropped and still there: 0\n"
+            mapped, native = shares()
+            assert mapped < 33_000 and 40_000 <= mapped + native <= 40_200, (mapped, native)
+            go_on()
+            assert line(0.5) == "nothing"
+        finally:
+            limit.write_text(before)
+        assert line() == "then 0\n"
+        go_on()
+        assert line() == "wrong: 0, unmapped 0\n" and p.wait(20) == 0
+    finally:
+        p.kill()
+        p.wait(10)

@@ -194,6 +194,29 @@ def test_gdb_attaches(enclave: Enclave, build: Build, become: list[str]) -> None
             goes_on()
 
 
+def test_one_thread_under_gdb(enclave: Enclave, build: Build) -> None:
+    """docs/limits.md: a first touch by the one thread that gdb lets run waits until the others run, too; gdb can interrupt it."""
+    p = enclave.popen([build("debuggee", "-g", "-O0"), "wait"], stdin=subprocess.PIPE)
+    debugger = None
+    try:
+        assert p.stdout and p.stdout.readline() == "runs\n"
+        commands = gdb("set scheduler-locking on", "print inner(box, 3)", "set scheduler-locking off", "finish")
+        cmd = [*GDB, "-p", str(p.pid), *commands]
+        debugger = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wchan = Path(f"/proc/{p.pid}/wchan")
+        for _ in range(2):
+            wait_for(lambda: wchan.read_text() == "handle_userfault", 30, "it does not wait")
+            time.sleep(0.5)
+        debugger.send_signal(signal.SIGINT)
+        out = debugger.communicate(timeout=30)[0]
+        assert "received signal SIGINT" in out and "Value returned is $1 = 1\n" in out, out
+    finally:
+        for process in (debugger, p):
+            if process:
+                process.kill()
+                process.wait(10)
+
+
 def test_strace_attaches(enclave: Enclave, build: Build, tmp_path: Path) -> None:
     """strace -f of a program started under it is in test_programs.py."""
     with running_debuggee(enclave, build, []) as (pid, goes_on):

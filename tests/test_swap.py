@@ -50,17 +50,17 @@ def tables(e: Enclave) -> Tables:
 
 @contextlib.contextmanager
 def as_kswapd(e: Enclave) -> Iterator[Callable[..., list[str]]]:
-    """Commits in kswapd's place: commit(op, pfns, order=0, behind=0), with barriers of so many changes ago; the results' names."""
+    """Commits in kswapd's place: commit(op, pfns, order=0, behind=0, arg=0), with barriers of so many changes ago; the results' names."""
     frames = tables(e).frames
     with Control(e.run_dir, 5, "kswapd") as c:
         c.request(
             {"t": "hello", "name": "kswapd", "implementation": "x", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()}
         )
 
-        def commit(op: int, pfns: ArrayLike, order: int = 0, behind: int = 0) -> list[str]:
+        def commit(op: int, pfns: ArrayLike, order: int = 0, behind: int = 0, arg: int = 0) -> list[str]:
             at = np.asarray(pfns)
             ops = np.zeros(len(at), OP_DTYPE)
-            ops["op"], ops["pfn"], ops["order"] = op, at, order
+            ops["op"], ops["pfn"], ops["order"], ops["arg"] = op, at, order, arg
             ops["barrier"] = frames["barrier"][at % len(frames)] - behind
             _, raw = c.exchange({"t": "txn", "name": "kswapd"}, ops.tobytes())
             return [names("SY_R_")[int(r)] for r in np.frombuffer(raw, OP_DTYPE)["result"]]
@@ -227,14 +227,19 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
         frames = tables(e).frames
         mapped = np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)
         free = np.flatnonzero(frames["state"] == lib.SY_FRAME_FREE)
-        before = e.status()["frames"]
+        before = e.status()["frames"]["mapped"]
         with as_kswapd(e) as commit:
             assert commit(lib.SY_OP_RECLAIM, free[:1]) == ["STALE"]
             assert commit(lib.SY_OP_RECLAIM, mapped[:1], behind=1) == ["STALE"]
             assert commit(lib.SY_OP_RECLAIM, mapped[:1], order=11) == ["INVALID"]
             assert commit(lib.SY_OP_RECLAIM, [len(frames)]) == ["INVALID"]
             assert commit(lib.SY_OP_GRANT, mapped[1:2]) == ["NOT_PERMITTED"]
-        assert e.status()["frames"] == before and e.status()["swap"]["used"] == 0
+            assert commit(lib.SY_OP_RECLAIM, free[:1], arg=lib.SY_RECLAIM_STANDBY) == ["STALE"]
+            assert commit(lib.SY_OP_RECLAIM, mapped[2:4], arg=lib.SY_RECLAIM_STANDBY) == ["COMPLETE"] * 2
+            assert commit(lib.SY_OP_RECLAIM, mapped[2:4], arg=lib.SY_RECLAIM_STANDBY) == ["STALE"] * 2  # it does already
+        # RAM is not short: what stands by stays
+        time.sleep(0.3)
+        assert e.status()["frames"]["mapped"] == before and e.status()["swap"]["used"] == 0
         p.communicate("\n", timeout=20)
     finally:
         take_down(e)

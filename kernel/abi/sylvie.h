@@ -306,8 +306,9 @@ struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid
 enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3, SY_REQ_RELEASED = 4, SY_REQ_SWAPIN = 5, SY_REQ_FETCH = 6 };
 struct sy_request { uint32_t kind; uint32_t order; uint64_t vpage; uint32_t tids[4]; };
 /* A command is announced by FUTEX_WAKE (shared) on mag.cmd_tail. */
-/* Keeper page: written by the gateway, so that the keeper can answer what a dead gateway left open. 0 = none. */
-#define SY_KEEPER_INFLIGHT 32
+/* Keeper page: written by the gateway, so that the keeper can answer what a dead gateway left open. 0 = none. While it is full the gateway
+ * takes no more: what the kernel still has the keeper can take. */
+#define SY_KEEPER_INFLIGHT 512
 struct sy_keeper_page { uint64_t inflight[SY_KEEPER_INFLIGHT]; };
 
 /* ---- what the gateway reports about one address space (sylvie status) ---- */

@@ -72,6 +72,7 @@ struct conn {
   struct conn *peer; /* keeper <-> its listener */
   struct sy_keeper_page *page;
   int dead, late; /* late: notifications in a row that somebody else had taken */
+  int full;       /* CONN_NOTIFY: the keeper's page is, and we do not listen */
   struct conn *next_dead;
   struct conn **lobby, *next; /* CONN_NEW: where the list names it, who came after it */
 };
@@ -93,6 +94,7 @@ struct as {
   uint32_t mag_head_seen[10];
   int ready;              /* its service threads have their priority */
   int dying;              /* socket hung up: freed once the mm is gone */
+  int orphaned;           /* see serve_orphan */
   uint64_t dying_since_ns, next_test_ns, test_step_ns;
   uint64_t cmd_id;        /* last one sent */
   uint32_t outstanding, release_nr;

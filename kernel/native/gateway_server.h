@@ -282,6 +282,10 @@ static void accept_all(struct sy_gateway *g) {
   }
 }
 
+static void listen_to(struct conn *lc, int on) {
+  struct epoll_event e = {.events = on ? EPOLLIN : 0, .data.ptr = lc};
+  if (!epoll_ctl(lc->g->ep, EPOLL_CTL_MOD, lc->fd, &e)) lc->full = !on;
+}
 static void answer_notif(struct conn *lc, uint64_t id, int64_t val, int error, int cont) {
   struct seccomp_notif_resp r = {.id = id, .val = val, .error = error, .flags = cont ? SECCOMP_USER_NOTIF_FLAG_CONTINUE : 0};
   if (lc->dead) return;
@@ -289,6 +293,7 @@ static void answer_notif(struct conn *lc, uint64_t id, int64_t val, int error, i
   if (lc->peer && lc->peer->page)
     for (int i = 0; i < SY_KEEPER_INFLIGHT; i++)
       if (lc->peer->page->inflight[i] == id) lc->peer->page->inflight[i] = 0;
+  if (lc->full) listen_to(lc, 1);
 }
 static int thread_there(pid_t pid, uint32_t tid) {
   char p[64];
@@ -392,6 +397,10 @@ static void start_watch(struct sy_gateway *g) {
 }
 static void notification(struct sy_gateway *g, struct conn *lc) {
   union { struct seccomp_notif n; char room[256]; } u;
+  struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
+  int place = 0;
+  while (page && place < SY_KEEPER_INFLIGHT && page->inflight[place]) place++;
+  if (place == SY_KEEPER_INFLIGHT) return listen_to(lc, 0);
   memset(&u, 0, sizeof u);
   watch(g, 2000000);
   int r = ioctl(lc->fd, SECCOMP_IOCTL_NOTIF_RECV, &u.n), interrupted = r && errno == EINTR;
@@ -402,12 +411,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
     drop_keeper(g, lc->peer);
   }
   if (r) return;
-  struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
-  for (int i = 0; page && i < SY_KEEPER_INFLIGHT; i++)
-    if (!page->inflight[i]) {
-      page->inflight[i] = u.n.id;
-      break;
-    }
+  if (page) page->inflight[place] = u.n.id;
   count(g, SY_CNT_NOTIFICATIONS, 1);
   int nr = u.n.data.arch == AUDIT_ARCH_X86_64 ? u.n.data.nr : SYS_fork; /* see filter.h: of another architecture only this */
   pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
@@ -568,6 +572,32 @@ static int send_evictions(struct sy_gateway *g) {
   }
   return again;
 }
+/* A vfork child outlives its killed parent in the same memory, where nobody serves its faults any more. What takes neither frames nor the store
+ * we give it, until it executes something, or ends. */
+static void serve_orphan(struct sy_gateway *g, struct as *a) {
+  struct uffdio_range all = {SY_ARENA_START, SY_ARENA_SIZE};
+  struct uffd_msg m;
+  if (!a->orphaned) {
+    a->orphaned = 1;
+    fcntl(a->uffd, F_SETFL, O_NONBLOCK);
+    ioctl(a->uffd, UFFDIO_WAKE, &all); /* what a service thread had taken comes again */
+  }
+  for (int i = 0; i < 64; i++) {
+    watch(g, 2000000); /* whoever else has the descriptor may have changed its flags */
+    ssize_t r = read(a->uffd, &m, sizeof m);
+    watch(g, 0);
+    if (r != sizeof m || m.event != UFFD_EVENT_PAGEFAULT) return;
+    uint64_t at = m.arg.pagefault.address & ~(PS - 1), p = (at - SY_ARENA_START) / PS;
+    if (p >= SY_ARENA_PAGES) continue;
+    uint64_t w = a->chunks[p / SY_CHUNK_PAGES] ? __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE) : SY_PTE_NONE;
+    struct uffdio_zeropage z = {.range = {at, PS}};
+    struct uffdio_writeprotect u = {.range = {at, PS}};
+    struct uffdio_continue c = {.range = {at, PS}};
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_NONE && !(w & SY_PTE_STALE)) ioctl(a->uffd, UFFDIO_ZEROPAGE, &z);
+    else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && m.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) ioctl(a->uffd, UFFDIO_WRITEPROTECT, &u);
+    else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT) ioctl(a->uffd, UFFDIO_CONTINUE, &c);
+  }
+}
 /* Address spaces whose service threads have ended: test, and test again, until the mm is gone; those that wait for frames: see whether there
  * are some now. Returns milliseconds to the next look. */
 static int test_dying(struct sy_gateway *g) {
@@ -585,6 +615,7 @@ static int test_dying(struct sy_gateway *g) {
         i--;
         continue;
       }
+      serve_orphan(g, a);
       a->next_test_ns = now + a->test_step_ns;
       if (a->test_step_ns < 50000000) a->test_step_ns *= 2;
     }

@@ -226,7 +226,14 @@ static int serve_request(void) {
   return 1;
 }
 
+/* Command thread: a holder of mm_lock may be waiting for us. */
+static void lock_and_serve(void) {
+  while (!trylock())
+    if (!serve_request()) nap(20);
+}
+
 #include "stub_space.h"
+#include "stub_futex.h"
 #include "stub_fault.h"
 #include "stub_fork.h"
 #include "stub_entry.h"

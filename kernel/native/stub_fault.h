@@ -165,9 +165,15 @@ static void first_touch(int me, uint64_t p, int write) {
     if (r < 0 && r > -4096) { /* not even a mapping: as long as the old one is anonymous, a zero page in it will do */
       struct uffdio_zeropage z = {.range = {VA(p), PS}};
       long e = SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0);
-      lock_back(first, use);
-      if (e == 0) STORE(pte[p], SY_PTE_NATIVE);
-      else nap(1000); /* try again: something may have been unmapped meanwhile */
+      lock_back(first, p - first);
+      lock_back(p + 1, first + use - p - 1);
+      if (e == 0) {
+        STORE(pte[p], SY_PTE_NATIVE); /* at once: for a word that is free another thread might map a frame over it */
+        __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+      } else {
+        lock_back(p, 1);
+        nap(1000); /* try again: something may have been unmapped meanwhile */
+      }
     } else {
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0));
       __atomic_fetch_add(&ctl->pages_native, use, __ATOMIC_RELAXED);
@@ -216,6 +222,11 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
       }
       wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);
       return;
+    case SY_PTE_NATIVE: { /* one without a mapping of its own (see first_touch), and dropped since */
+      struct uffdio_zeropage z = {.range = {VA(p), PS}};
+      if (SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) < 0) wake(p, 1);
+      return;
+    }
     default: wake(p, 1); return;
     }
   }
@@ -297,11 +308,6 @@ static int needs_release(long nr, const long *a) {
   return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
 }
 
-/* A holder of mm_lock may be waiting for us: serve it meanwhile. */
-static void lock_and_serve(void) {
-  while (!trylock())
-    if (!serve_request()) nap(20);
-}
 static void run_command(const volatile struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
   for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
@@ -313,6 +319,7 @@ static void run_command(const volatile struct sy_cmd *c) {
     lock_and_serve();
     r = mode == MANAGED ? evict_for_store((uint32_t)a[0], (uint32_t)a[1]) : 0;
     unlock();
+    if (r) look_at_threads(1); /* and only then it is done: until then the words name the frames */
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
     if (needs_release(c->nr, a)) {
@@ -420,6 +427,7 @@ static void command_thread(long unused) {
       if (t < 0) ok = i > 0; /* one is enough */
       else q.tids[1 + i] = (uint32_t)t, service_threads++;
     }
+    memcpy(service_tid, q.tids, sizeof service_tid);
     if (ok) SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   }
   if (!ok) {

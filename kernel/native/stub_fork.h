@@ -42,7 +42,7 @@ static void now_native(uint64_t p, uint64_t n) {
     if (present(i)) {
       word_t w = LOAD(pte[i]);
       while (i + k < p + n && present(i + k) && LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == (w >> SY_PTE_PFN_SHIFT) + k) k++;
-      for (uint64_t j = 0; j < k; j++) STORE(pte[i + j], (LOAD(pte[i + j]) & ~(word_t)(PS - 1)) | SY_PTE_HASFRAME | SY_PTE_NATIVE); /* see wake_waiters */
+      for (uint64_t j = 0; j < k; j++) STORE(pte[i + j], (LOAD(pte[i + j]) & ~(word_t)(PS - 1)) | SY_PTE_HASFRAME | SY_PTE_NATIVE); /* see wake_waiter */
       __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
       post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 1);
     } else {
@@ -228,41 +228,6 @@ static long do_fork(long flags, long ptid, long ctid, long tls) {
   return sy_on_stack(fork_stack + sizeof fork_stack, fork_on_stack, &fork_args);
 }
 
-/* A waiter on a futex that is not private waits at the frame, not at the address; who wakes it from now on looks at the address. So it is
- * woken once, and waits anew. (The kernel itself wakes so when a thread ends, and its stack may lie in the arena.) The frame may be another's
- * already: nothing is read or written there, and a futex wait may end without cause. */
-static void wake_waiters(void) {
-  long dir = SYS(__NR_open, "/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, 0, 0), n;
-  char list[1024], text[160];
-  if (dir < 0) return;
-  while ((n = SYS(__NR_getdents64, dir, list, sizeof list, 0, 0)) > 0)
-    for (long at = 0; at < n; at += *(uint16_t *)(void *)(list + at + 16)) {
-      char path[64] = "/proc/self/task/";
-      append(path, sizeof path, list + at + 19);
-      append(path, sizeof path, "/syscall"); /* number and arguments of the call that it waits in */
-      long fd = SYS(__NR_open, path, O_RDONLY | O_CLOEXEC, 0, 0, 0), r = fd < 0 ? 0 : SYS(__NR_read, fd, text, sizeof text - 1, 0, 0);
-      if (fd >= 0) SYS(__NR_close, fd, 0, 0, 0, 0);
-      uint64_t word[3] = {0};
-      int base = 10, k = 0;
-      for (long i = 0; i < r && k < 3; i++) {
-        char c = text[i];
-        if (c == ' ' || c == '\n') k++, base = 10;
-        else if (c == 'x') base = 16;
-        else word[k] = word[k] * (uint64_t)base + (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
-      }
-      long op = (long)word[2] & 0x7f;
-      if (k < 3 || word[0] != __NR_futex || !IN_ARENA(word[1]) || (word[2] & FUTEX_PRIVATE_FLAG) || (op != FUTEX_WAIT && op != FUTEX_WAIT_BITSET)) continue;
-      word_t w = LOAD(pte[PAGE(word[1])]);
-      if (!(w & SY_PTE_HASFRAME)) continue;
-      uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT), nd = node_of(pfn);
-      long m = sys_mmap(0, PS, PROT_READ, MAP_SHARED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
-      if (m < 0 && m > -4096) continue;
-      futex_wake((void *)((uintptr_t)m + word[1] % PS), 1);
-      SYS(__NR_munmap, m, PS, 0, 0, 0);
-    }
-  SYS(__NR_close, dir, 0, 0, 0, 0);
-}
-
 /* ---------------------------------------------------------------- release: the way out
  * For what we cannot follow (a process made past libc): every page becomes native memory, in place, while the program's other threads
  * run; their writes are parked until it is done. From then on this address space is the kernel's alone, until exec. Runs in the command
@@ -279,7 +244,7 @@ static long release_all(void) {
   if (!r) r = settle();
   back_done();
   releasing = 0;
-  wake_waiters();
+  look_at_threads(0);
   if (!r) {
     brk_floor = brk_hi = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = SY_ARENA_PAGES;
     STORE(mode, NATIVE);

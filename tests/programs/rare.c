@@ -1,0 +1,210 @@
+/* What hardly any program does. usage: rare WHAT */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static char *some(size_t n) {
+  return mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static int all(const char *p, size_t n, char c) {
+  for (size_t i = 0; i < n; i++)
+    if (p[i] != c) return 0;
+  return 1;
+}
+static void forks(void) { /* by the entries of other architectures */
+  size_t n = 3 << 20;
+  char *heap = malloc(n), *map = some(n);
+  for (int x32 = 0; x32 < 2; x32++) {
+    memset(heap, 1, n), memset(map, 2, n);
+    fflush(stdout);
+    long r = 0x40000000 | SYS_fork;
+    if (x32) __asm__ volatile("syscall" : "+a"(r) : : "rcx", "r11", "memory");
+    else __asm__ volatile("int $0x80" : "=a"(r) : "a"(2) : "r8", "r9", "r10", "r11", "memory");
+    if (r < 0) {
+      printf("%s: %s\n", x32 ? "x32" : "int 0x80", strerror((int)-r));
+      continue;
+    }
+    if (!r) {
+      int ok = all(heap, n, 1) && all(map, n, 2);
+      memset(heap, 3, n), memset(map, 4, n);
+      char *more = some(n);
+      memset(more, 5, n);
+      usleep(100000);
+      _exit(ok && all(heap, n, 3) && all(map, n, 4) && all(more, n, 5) ? 7 : 8);
+    }
+    int st;
+    usleep(50000);
+    int mine = all(heap, n, 1) && all(map, n, 2);
+    waitpid((pid_t)r, &st, 0);
+    printf("%s: child %x, parent's own memory %d %d\n", x32 ? "x32" : "int 0x80", (unsigned)st, mine, all(heap, n, 1) && all(map, n, 2));
+  }
+}
+
+static volatile int stop;
+static double gap;
+static void *touches(void *p) { /* the longest that a first touch took */
+  for (char *at = p; !stop; at += 4096) {
+    double t = now();
+    *at = 1;
+    if ((t = now() - t) > gap) gap = t;
+    usleep(1000);
+  }
+  return NULL;
+}
+static void vfork_of_a_copy(void) {
+  pthread_t t;
+  char *p = some(256 << 20);
+  pthread_create(&t, NULL, touches, p);
+  usleep(50000);
+  double begun = now();
+  long r = syscall(SYS_clone, CLONE_VFORK | SIGCHLD, 0, 0, 0, 0);
+  if (!r) {
+    p[255 << 20] = 1; /* its own copy */
+    usleep(1000000);
+    execl("/bin/sh", "sh", "-c", "exit 9", (char *)NULL);
+    _exit(1);
+  }
+  int waited = now() - begun > 0.9, st;
+  waitpid((pid_t)r, &st, 0);
+  usleep(50000);
+  stop = 1;
+  pthread_join(t, NULL);
+  printf("%s for the child, which did %d; parent's page %d; a first touch meanwhile %s\n", waited ? "waited" : "did not wait", WEXITSTATUS(st), p[255 << 20], gap > 0.7 ? "waited too" : "went on");
+}
+
+static void *waits(void *word) {
+  struct timespec t = {2, 0};
+  while (!__atomic_load_n((int *)word, __ATOMIC_ACQUIRE))
+    if (syscall(SYS_futex, word, FUTEX_WAIT, 0, &t, NULL, 0) && errno == ETIMEDOUT) return "lost";
+  return "woken";
+}
+static void dropped_futex(void) {
+  char *p = some(1 << 20);
+  pthread_t t;
+  void *r;
+  memset(p, 0, 1 << 20);
+  pthread_create(&t, NULL, waits, p + 4096);
+  usleep(100000);
+  madvise(p, 1 << 20, MADV_DONTNEED);
+  __atomic_store_n((int *)(void *)(p + 4096), 1, __ATOMIC_RELEASE);
+  syscall(SYS_futex, p + 4096, FUTEX_WAKE, 1, NULL, NULL, 0);
+  pthread_join(t, &r);
+  puts(r);
+}
+static void *locks_pi(void *word) {
+  struct timespec t;
+  clock_gettime(CLOCK_REALTIME, &t);
+  t.tv_sec += 2;
+  return syscall(SYS_futex, word, FUTEX_LOCK_PI, 0, &t, NULL, 0) ? strerror(errno) : "locked";
+}
+static void released_pi(void) {
+  char *p = some(1 << 20);
+  int end[2];
+  struct iovec v = {p, 4096};
+  pthread_t t;
+  void *r;
+  memset(p, 0, 1 << 20);
+  syscall(SYS_futex, p + 8192, FUTEX_LOCK_PI, 0, NULL, NULL, 0);
+  pthread_create(&t, NULL, locks_pi, p + 8192);
+  usleep(100000);
+  if (pipe(end) || vmsplice(end[1], &v, 1, 0) != 4096) exit(2);
+  syscall(SYS_futex, p + 8192, FUTEX_UNLOCK_PI, 0, NULL, NULL, 0);
+  pthread_join(t, &r);
+  puts(r);
+}
+
+static void orphan(void) { /* a vfork child whose parent is killed meanwhile: touches what is there, and what nobody has touched */
+  char *p = some(64 << 20);
+  memset(p, 3, 32 << 20);
+  pid_t parent = getpid();
+  if (!vfork()) {
+    dprintf(1, "%d\n", (int)syscall(SYS_getpid));
+    while (syscall(SYS_getppid) == parent) usleep(1000);
+    int sum = 0;
+    for (int i = 0; i < 16; i++) sum += p[i << 20], p[(32 + i) << 20] = 5, sum += p[((32 + i) << 20) + 4096];
+    dprintf(1, "touched %d\n", sum);
+    execl("/bin/echo", "echo", "executed", (char *)NULL);
+    _exit(1);
+  }
+}
+
+#define CALLERS 600
+static pthread_barrier_t at_once;
+static char *pages;
+static void *calls(void *i) { /* past libc, so the gateway is notified */
+  long r = SYS_mprotect;
+  pthread_barrier_wait(&at_once);
+  register long to __asm__("rdi") = (long)(uintptr_t)(pages + (long)i * 4096), n __asm__("rsi") = 4096, prot __asm__("rdx") = PROT_READ;
+  __asm__ volatile("syscall" : "+a"(r) : "r"(to), "r"(n), "r"(prot) : "rcx", "r11", "memory");
+  return (void *)r;
+}
+static void many_calls(void) {
+  pthread_t t[CALLERS];
+  pthread_attr_t a;
+  void *r;
+  char b;
+  long failed = 0;
+  pages = some(CALLERS * 4096), memset(pages, 1, CALLERS * 4096);
+  pthread_attr_init(&a), pthread_attr_setstacksize(&a, 64 << 10);
+  pthread_barrier_init(&at_once, NULL, CALLERS + 1);
+  for (long i = 0; i < CALLERS; i++)
+    if (pthread_create(&t[i], &a, calls, (void *)i)) exit(2);
+  if (write(1, "there\n", 6) != 6 || read(0, &b, 1) != 1) exit(2);
+  pthread_barrier_wait(&at_once);
+  for (long i = 0; i < CALLERS; i++) pthread_join(t[i], &r), failed += r != NULL;
+  if (read(0, &b, 1) != 1) exit(2);
+  printf("failed: %ld\n", failed);
+}
+
+static void go_on(const char *said) {
+  char b;
+  if (write(1, said, strlen(said)) < 0 || read(0, &b, 1) != 1) exit(2);
+}
+#define TOUCHED 40000
+static void many_mappings(void) { /* every second page, so that no two frames share one */
+  char *p = some(TOUCHED * 8192);
+  int bad = 0, there = 0;
+  for (int i = 0; i < TOUCHED; i++) mprotect(p + i * 8192 + 4096, 4096, PROT_NONE);
+  go_on("there\n");
+  for (int i = 0; i < TOUCHED; i++) *(int *)(void *)(p + i * 8192) = i + 1;
+  for (int i = 0; i < TOUCHED; i++) bad += *(int *)(void *)(p + i * 8192) != i + 1;
+  for (int i = TOUCHED - 500; i < TOUCHED; i++) /* native ones */
+    madvise(p + i * 8192, 4096, MADV_DONTNEED), there += *(int *)(void *)(p + i * 8192), *(int *)(void *)(p + i * 8192) = i + 1;
+  printf("wrong: %d, dropped and still there: %d\n", bad, there), fflush(stdout);
+  go_on("");
+  madvise(p, 4096, MADV_DONTNEED); /* a frame: what comes instead needs another mapping */
+  printf("then %d\n", *(int *)(void *)p), fflush(stdout);
+  go_on("");
+  char *more = some(1 << 20);
+  memset(more, 1, 1 << 20);
+  for (int i = 1; i < TOUCHED; i++) bad += *(int *)(void *)(p + i * 8192) != i + 1;
+  printf("wrong: %d, unmapped %d\n", bad, munmap(p, TOUCHED * 8192));
+}
+
+int main(int argc, char **argv) {
+  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}};
+  for (unsigned i = 0; argc > 1 && i < sizeof what / sizeof *what; i++)
+    if (!strcmp(what[i].name, argv[1])) what[i].fn();
+  return 0;
+}
