@@ -33,6 +33,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 bench: setup
+	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	$(PY) -m bench
 
 clean:

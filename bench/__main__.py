@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import bus_bench
+from bench import bus_bench, swap_bench
 from sylvie.life import control
 
 HERE = Path(__file__).resolve().parent
@@ -272,11 +272,12 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     """0 when everything could be measured."""
-    wanted = sys.argv[1:] or [*SUITES, "life"]
-    if unknown := [w for w in wanted if w not in SUITES and w != "life"]:
-        print(f"unknown: {', '.join(unknown)}; choose from {', '.join([*SUITES, 'life'])}", file=sys.stderr)
+    own = ["swap", "life"]  # these bring their own enclaves up
+    wanted = sys.argv[1:] or [*SUITES, *own]
+    if unknown := [w for w in wanted if w not in SUITES and w not in own]:
+        print(f"unknown: {', '.join(unknown)}; choose from {', '.join([*SUITES, *own])}", file=sys.stderr)
         return 2
-    if not shutil.which("redis-benchmark") and "redis" in wanted:
+    if not shutil.which("redis-benchmark") and {"redis", "swap"} & {*wanted}:
         print("redis-server and redis-tools are missing: make setup installs them", file=sys.stderr)
         return 1
     rows: list[Row] = []
@@ -292,6 +293,9 @@ def main() -> int:
                         rows += SUITES[name](b)
                 b.sylvie("check")
                 b.sylvie("down")
+            if "swap" in wanted:
+                found = swap_bench.measure(b.run_dir, b.managed, b.sylvie)
+                rows += [Row(*line) for line in found]
             if "life" in wanted:
                 rows += life(b)
         finally:

@@ -115,13 +115,13 @@ class Client:
         os.close(fds[0])
         data, fds, _, _ = socket.recv_fds(self.sock, 4096, 16)
         welcome = ffi.from_buffer("struct sy_welcome[]", data)[0]
-        assert welcome.status == lib.SY_W_OK and welcome.nodes == 1 and len(fds) == 5
+        assert welcome.status == lib.SY_W_OK and welcome.nodes == 1 and len(fds) == 6
         self.asid = int(welcome.asid)
         self.memory = mmap.mmap(fds[0], lib.SY_AS_BYTES)
         self.mag_memory = mmap.mmap(fds[1], lib.SY_MAG_BYTES, prot=mmap.PROT_READ)
         with pytest.raises(OSError):
             mmap.mmap(fds[1], lib.SY_MAG_BYTES)  # the magazine is not ours to write
-        self.ram = np.frombuffer(mmap.mmap(fds[4], FRAMES * PS), np.uint8).reshape(FRAMES, PS)
+        self.ram = np.frombuffer(mmap.mmap(fds[5], FRAMES * PS), np.uint8).reshape(FRAMES, PS)
         for fd in fds:
             os.close(fd)
         base = ffi.cast("char *", ffi.from_buffer(self.memory, require_writable=True))
@@ -604,7 +604,7 @@ def test_lost_messages_are_made_up_for(real: Real) -> None:
 
 
 def test_refills_of_a_full_magazine(real: Real) -> None:
-    """They are a lie: nothing is taken from the reserve for them, and nobody is told that memory has run out."""
+    """Buddy may have filled it since the stub asked: no lie, but nothing is taken from the reserve for them, and nobody is told that memory has run out."""
     c = Client(real)
     try:
         for pfn in range(FRAMES - 64, FRAMES):
@@ -627,7 +627,7 @@ def test_refills_of_a_full_magazine(real: Real) -> None:
         for _ in range(20):
             refill()
         assert np.count_nonzero(real.frames["state"] == RESERVED) == reserved
-        assert c.bad_claims() == bad + 20 and c.mag.no_frames == 0
+        assert c.bad_claims() == bad and c.mag.no_frames == 0
         assert lib.SY_MSG_OOM not in real.events()["type"]
     finally:
         c.die()
