@@ -227,8 +227,16 @@ static void half_a_release(void) { /* the test sets a limit meanwhile, of which 
   stop = 1, pthread_join(t, NULL);
 }
 
+static void slow_child(void) { /* the test kills the parent, and stops the child, while it copies */
+  size_t n = 128 << 20;
+  char *p = memset(some(n), 7, n);
+  go_on("there\n");
+  if (!fork()) dprintf(1, all(p, n, 7) ? "intact\n" : "lost\n"), _exit(0);
+  for (;;) pause();
+}
+
 int main(int argc, char **argv) {
-  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}, {"half_a_release", half_a_release}};
+  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}, {"half_a_release", half_a_release}, {"slow_child", slow_child}};
   for (unsigned i = 0; argc > 1 && i < sizeof what / sizeof *what; i++)
     if (!strcmp(what[i].name, argv[1])) what[i].fn();
   return 0;
