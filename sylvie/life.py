@@ -358,6 +358,6 @@ def release(run_dir: Path, pid: int) -> None:
     answer = control(run_dir, {"t": "release", "pid": pid})
     while any(a["asid"] == answer["asid"] for a in control(run_dir, {"t": "status"})["address_spaces"]):
         if time.monotonic() > began + PATIENCE:
-            raise Problem(f"process {pid} has not let go after {PATIENCE:.0f} s: is it stopped (state T in ps)?")
+            raise Problem(f"process {pid} has not let go after {PATIENCE:.0f} s: is it stopped (state T in ps), or limited (RLIMIT_DATA)?")
         time.sleep(0.02)
     print(f"{pid} runs natively: {answer['bytes'] >> 20} MiB moved in {time.monotonic() - began:.1f} s")

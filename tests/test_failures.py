@@ -158,6 +158,32 @@ def test_parent_killed_in_the_middle_of_a_fork(enclave: Enclave, tmp_path: Path)
     assert s["frames"]["mapped"] == s["frames"]["granted"] == 0
 
 
+def test_parent_killed_while_its_child_copies_for_long(enclave: Enclave, compiled: Compiled) -> None:
+    """Its frames are nobody else's until then: for longer than the ten seconds that a child unknown to the gateway has. And theirs who end."""
+    for ends in (False, True):
+        p = enclave.popen([compiled("rare"), "slow_child"], stdin=subprocess.PIPE)
+        assert p.stdin and p.stdout and p.stdout.readline() == "there\n"
+        children = Path(f"/proc/{p.pid}/task/{p.pid}/children")
+        p.stdin.write("\n")
+        p.stdin.flush()
+        while not (child := children.read_text()):
+            pass
+        os.kill(int(child), signal.SIGSTOP)
+        try:
+            p.kill()
+            p.wait(10)
+            wait_for(lambda child=child: Path(f"/proc/{int(child)}/stat").read_text().split()[2] == "T", 10, "it is not stopped")  # fmt: skip
+            assert "sylvie-ram" in Path(f"/proc/{int(child)}/maps").read_text(), "it had copied"
+            time.sleep(0.5 if ends else 11)
+            assert enclave.status()["frames"]["mapped"] >= 128 << 8
+            noise = enclave.run([sys.executable, "-c", "b = bytearray(b'x' * (150 << 20)); print(len(b))"])
+            assert noise.returncode == 0
+        finally:
+            os.kill(int(child), signal.SIGKILL if ends else signal.SIGCONT)
+        assert p.stdout.read() == ("" if ends else "intact\n")
+        enclave.idle(5)
+
+
 def test_stopped_client_is_no_trouble(enclave: Enclave) -> None:
     p = load(enclave, 3)
     time.sleep(0.7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -165,3 +166,33 @@ print(bad, b.count(b"x"))
         p.wait(3)
     os.kill(p.pid, signal.SIGCONT)
     assert p.communicate(timeout=30)[0] == "0 67108864\n"
+
+
+@pytest.mark.parametrize("pieces", [0, 5])
+def test_a_release_that_fails_half_way(enclave: Enclave, compiled: Compiled, pieces: int) -> None:
+    """Memory for some of its copies, then none: the call says so, the program goes on, and the next time it succeeds."""
+    before = released(enclave)
+
+    def mapped() -> int:
+        return sum(int(a["mapped"]) for a in enclave.status()["address_spaces"] if a["pid"] == p.pid)
+
+    p = enclave.popen([compiled("rare"), "half_a_release"], stdin=subprocess.PIPE)
+    try:
+        assert p.stdin and p.stdout
+        for said, room in (("Cannot allocate memory", pieces * (2 << 20) + (1 << 20)), ("done", None)):
+            assert p.stdout.readline() == "there\n"
+            status = dict(x.split(":", 1) for x in Path(f"/proc/{p.pid}/status").read_text().splitlines())
+            used, had = int(status["VmData"].split()[0]) << 10, mapped()
+            resource.prlimit(p.pid, resource.RLIMIT_DATA, (-1 if room is None else used + room, -1))
+            p.stdin.write("\n")
+            p.stdin.flush()
+            assert p.stdout.readline() == f"vmsplice: {said}, wrong: 0, touches go on: 1\n"
+            if room is None:
+                assert mapped() == 0 and "sylvie-ram" not in Path(f"/proc/{p.pid}/maps").read_text()
+            else:
+                wait_for(lambda had=had: (pieces * 2 - 4) * 512 < had - mapped() < (pieces * 2 + 2) * 512, 5, f"native: {had - mapped()}")
+        assert p.wait(20) == 0
+    finally:
+        p.kill()
+        p.wait(10)
+    assert released(enclave) == before + 1

@@ -149,6 +149,7 @@ struct sy_channel {
 /* Completion of a command: id = the command's id once done. */
 struct sy_cmd_done { uint64_t id; int64_t result; };
 #define SY_CMD_SLOTS 64
+#define SY_UNKNOWN_CHILD 0xffffffff
 struct sy_as_ctl {
   uint32_t magic;
   uint32_t abi;
@@ -158,7 +159,7 @@ struct sy_as_ctl {
   uint32_t fork_active;
   uint32_t fork_done;               /* futex: the child has copied */
   uint32_t mag_low_sent;            /* bit per order: MAGAZINE_LOW sent, not refilled since */
-  uint32_t pad;
+  uint32_t fork_child;              /* its number, from before it runs; 0: there is none yet; SY_UNKNOWN_CHILD */
   uint64_t faults;
   uint64_t pages_mapped;            /* pages with a frame now */
   uint64_t pages_native;            /* arena pages that went native for want of frames */

@@ -16,6 +16,7 @@
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <lz4.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -95,6 +96,7 @@ struct as {
   int ready;              /* its service threads have their priority */
   int dying;              /* socket hung up: freed once the mm is gone */
   int orphaned;           /* see serve_orphan */
+  int child;              /* see still_copied */
   uint64_t dying_since_ns, next_test_ns, test_step_ns;
   uint64_t cmd_id;        /* last one sent */
   uint32_t outstanding, release_nr;
@@ -524,6 +526,7 @@ static void free_as_memory(struct as *a) {
   free_pair(&(struct pair){a->as_fd, a->mag_fd, a->mag_ro, a->mem, a->mag});
   if (a->uffd >= 0) close(a->uffd);
   if (a->pidfd >= 0) close(a->pidfd);
+  if (a->child > 0) close(a->child);
   free(a->suspect);
   free(a);
 }

@@ -598,6 +598,19 @@ static void serve_orphan(struct sy_gateway *g, struct as *a) {
     else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT) ioctl(a->uffd, UFFDIO_CONTINUE, &c);
   }
 }
+/* Killed in the middle of a fork: the child is still copying from these frames. Where its number tells us nothing it cannot take for ever: it
+ * may be dead too. */
+static int still_copied(struct as *a) {
+  uint32_t pid = __atomic_load_n(&a->ctl->fork_child, __ATOMIC_ACQUIRE);
+  if (!a->ctl->fork_active || a->ctl->fork_done || !pid) return 0;
+  if (pid != SY_UNKNOWN_CHILD && a->tids[0] && !a->child) { /* (its parent's threads were found: it sees the numbers that we see) */
+    a->child = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (a->child < 0 && errno == ESRCH) return a->child = 0;
+  }
+  if (a->child <= 0) return now_ns() < a->dying_since_ns + 10000000000ull;
+  struct pollfd ended = {a->child, POLLIN, 0};
+  return poll(&ended, 1, 0) != 1;
+}
 /* Address spaces whose service threads have ended: test, and test again, until the mm is gone; those that wait for frames: see whether there
  * are some now. Returns milliseconds to the next look. */
 static int test_dying(struct sy_gateway *g) {
@@ -608,9 +621,7 @@ static int test_dying(struct sy_gateway *g) {
     if (a->starving && !a->dying) next = now + 1000000;
     if (!a->dying) continue;
     if (a->next_test_ns <= now) {
-      /* Killed in the middle of a fork: the child is still copying from these frames. It cannot take for ever: it may be dead too. */
-      int copying = a->ctl->fork_active && !a->ctl->fork_done && now < a->dying_since_ns + 10000000000ull;
-      if (!copying && (a->released || mm_gone(a))) {
+      if (!still_copied(a) && (a->released || mm_gone(a))) {
         bury(g, a);
         i--;
         continue;

@@ -154,7 +154,13 @@ static long do_clone(struct fork_args *f) {
   if (tid_later) flags &= ~(long)(CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID);
   /* Likewise for what it writes for the parent: in the arena it would wait for faults that wait for the end of this fork. */
   int ptid_later = f->managed && IN_ARENA(f->ptid) && (flags & (CLONE_PARENT_SETTID | CLONE_PIDFD));
-  long pid = sys6(__NR_clone, flags, 0, ptid_later ? (long)&f->tid : f->ptid, f->ctid, f->tls, SY_MARK);
+  long ptid = ptid_later ? (long)&f->tid : f->ptid;
+  if (f->managed) {
+    int ours = !(flags & (CLONE_PARENT_SETTID | CLONE_PIDFD));
+    __atomic_store_n(&ctl->fork_child, ours ? 0 : SY_UNKNOWN_CHILD, __ATOMIC_SEQ_CST);
+    if (ours) flags |= CLONE_PARENT_SETTID, ptid = (long)&ctl->fork_child;
+  }
+  long pid = sys6(__NR_clone, flags, 0, ptid, f->ctid, f->tls, SY_MARK);
   if (pid) return pid;
   if (f->managed) {
     long r = settle();
@@ -193,7 +199,8 @@ static int gone(long pid) {
 
 static long fork_on_stack(struct fork_args *f) {
   if (!f->managed) return do_clone(f);
-  /* Should this process be killed now, the gateway keeps its frames until the child has copied: it looks at these two words. */
+  /* Should this process be killed now, the gateway keeps its frames until the child has copied, or ended: it looks at these words. */
+  __atomic_store_n(&ctl->fork_child, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_done, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
   for (int i = 0; i < SY_SERVICE_THREADS; i++)

@@ -202,8 +202,41 @@ static void many_mappings(void) { /* every second page, so that no two frames sh
   printf("wrong: %d, unmapped %d\n", bad, munmap(p, TOUCHED * 8192));
 }
 
+static void half_a_release(void) { /* the test sets a limit meanwhile, of which twenty pieces do not fit beside what is there */
+  pthread_t t;
+  char *piece[20], *p;
+  int end[2];
+  for (int i = 0; i < 20; i++) {
+    piece[i] = (char *)memset(some(2 << 20), i + 1, 2 << 20);
+    if (i % 2) mprotect(piece[i], 2 << 20, PROT_READ); /* one by one, not all in one piece; and the limit does not count these */
+  }
+  p = some(64 << 20);
+  if (pipe(end)) exit(2);
+  pthread_create(&t, NULL, touches, p);
+  for (int limited = 1; limited >= 0; limited--) {
+    go_on("there\n");
+    int wrong = 0, later = 0;
+    struct iovec v = {piece[0], 4096};
+    long r = vmsplice(end[1], &v, 1, 0);
+    const char *said = r < 0 ? strerror(errno) : "done";
+    for (int i = 0; i < 20; i++) wrong += !all(piece[i], 2 << 20, (char)(i + 1)), memset(piece[i & ~1], (i & ~1) + 1, 2 << 20);
+    gap = 0, usleep(100000);
+    later = gap > 0 && gap < 2;
+    printf("vmsplice: %s, wrong: %d, touches go on: %d\n", said, wrong, later), fflush(stdout);
+  }
+  stop = 1, pthread_join(t, NULL);
+}
+
+static void slow_child(void) { /* the test kills the parent, and stops the child, while it copies */
+  size_t n = 128 << 20;
+  char *p = memset(some(n), 7, n);
+  go_on("there\n");
+  if (!fork()) dprintf(1, all(p, n, 7) ? "intact\n" : "lost\n"), _exit(0);
+  for (;;) pause();
+}
+
 int main(int argc, char **argv) {
-  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}};
+  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}, {"half_a_release", half_a_release}, {"slow_child", slow_child}};
   for (unsigned i = 0; argc > 1 && i < sizeof what / sizeof *what; i++)
     if (!strcmp(what[i].name, argv[1])) what[i].fn();
   return 0;
