@@ -34,6 +34,4 @@ class Policy(ReclaimPolicy):
         if len(passed):
             self.hand = int(passed[-1]) + 1
         # Nobody had an unset bit: better a frame that may be in use than none at all.
-        return (
-            leaving if len(leaving) or self.header.watermark[0].free > self.header.watermark[0].min else passed[:count]
-        )
+        return leaving if len(leaving) or not self.short(int(candidates[0])) else passed[:count]

@@ -11,7 +11,9 @@ from components.kswapd.reclaim import ReclaimPolicy
 class Policy(ReclaimPolicy):
     """random"""
 
-    _random = np.random.default_rng(0)
+    def rebuild(self) -> None:
+        super().rebuild()
+        self.random = np.random.default_rng(0)
 
     def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        return self._random.choice(candidates, min(count, len(candidates)), replace=False)
+        return self.random.choice(candidates, min(count, len(candidates)), replace=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -47,14 +46,15 @@ class ReclaimPolicy(BasePolicy):
         self.refaults += len(events)
 
     def page_swapped(self, _events: NDArray[np.void]) -> None:
-        self.left_at = time.monotonic()
+        self.left_at = self.now()
 
     def watermark(self, events: NDArray[np.void]) -> None:
         """Wakes ``step()``; the numbers are in the header."""
 
     # ---- what to do ----
     def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """At most ``count`` of ``candidates`` (pfns of frames that may be reclaimed, ascending) to reclaim now."""
+        """At most ``count`` of ``candidates`` to reclaim now: pfns of frames of one node that may be reclaimed, ascending,
+        at least one."""
         raise NotImplementedError
 
     def wanted(self, node: int) -> int:
@@ -62,14 +62,21 @@ class ReclaimPolicy(BasePolicy):
         mark = self.header.watermark[node]
         if mark.free < mark.low:
             self.awake[node] = True
+        if not self.awake[node]:
+            return 0
         base, size = self.nodes[node]
         leaving = int(np.count_nonzero(self.frames["flags"][base : base + size] & lib.SY_FF_SWAPPING))
-        if time.monotonic() > max(self.left_at, self.asked_at) + STUCK:
+        if self.now() > max(self.left_at, self.asked_at) + STUCK:
             leaving = 0
         missing = int(mark.high) - int(mark.free) - leaving
         if missing <= 0:
             self.awake[node] = False
-        return min(missing, BATCH) if self.awake[node] else 0
+        return max(0, min(missing, BATCH))
+
+    def short(self, pfn: int) -> bool:
+        """Is memory really short on the node of this frame?"""
+        mark = self.header.watermark[int(self.frames["node"][pfn])]
+        return bool(mark.free <= mark.min)
 
     def asleep(self) -> bool:
         """Without a store nothing can leave."""
@@ -84,9 +91,12 @@ class ReclaimPolicy(BasePolicy):
                 continue
             part = self.frames[base : base + size]
             ours = (part["state"] == MAPPED) & (part["flags"] & lib.SY_FF_SWAPPING == 0)
-            chosen = self.victims(base + np.flatnonzero(ours), count)
+            candidates = base + np.flatnonzero(ours)
+            if not len(candidates):
+                continue
+            chosen = self.victims(candidates, count)
             self.reclaimed += len(chosen)
-            self.asked_at = time.monotonic()
+            self.asked_at = self.now()
             self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0)
 
     def result(self, ops: NDArray[np.void]) -> None:

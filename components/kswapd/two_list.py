@@ -55,8 +55,7 @@ class Policy(ReclaimPolicy):
         self.txn.add(lib.SY_OP_AGE, np.sort(tail[~aged]), 0)
         leaving = oldest(self.stamp, tail[aged], count)
         # None has lost its bit yet: wait for it, unless memory is really short.
-        mark = self.header.watermark[0]
-        return leaving if len(leaving) or mark.free > mark.min else oldest(self.stamp, tail, count)
+        return leaving if len(leaving) or not self.short(int(candidates[0])) else oldest(self.stamp, tail, count)
 
     def dump(self) -> dict[str, Any]:
         if self.asleep():
