@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
+import subprocess
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SYLVIE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -330,3 +332,48 @@ def test_trace_files(tmp_path: Any) -> None:
     for bad in ("empty", "text", "other.npz", "old.npz", "real.npz", "none.npz"):
         with pytest.raises(BadTrace):
             load(tmp_path / bad)
+
+
+# ---- sylvie replay ----
+def sylvie_replay(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SYLVIE, "replay", *map(str, args)], capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_replay_prints_a_table() -> None:
+    spec = "scan_plus_hot:pages=600,accesses=5000,seed=1"
+    done, again = (sylvie_replay(spec, "--ram", "50%,1M") for _ in range(2))
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == again.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].strip() == f"{spec}: faults in 5000 accesses to 600 pages"
+    assert lines[1].split() == ["policy", "50%", "(300", "frames)", "1M", "(256", "frames)"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert list(rows) == [*POLICIES, "opt"]
+    assert rows["opt"][1] == rows["opt"][3] == "1.00"
+    assert all(float(row[1]) >= 1 and float(row[3]) >= 1 for row in rows.values())
+
+
+def test_replay_json_nodes_and_files(tmp_path: Any) -> None:
+    file = tmp_path / "t.npz"
+    generate("zipf:pages=600,accesses=5000").save(file)
+    done = sylvie_replay(file, "--json", "--policy", "opt,random,random", "--nodes", 3, "--ram", "50%", "--every", 7)
+    out = json.loads(done.stdout)
+    assert (out["accesses"], out["nodes"], out["trace"]["name"]) == (5000, 3, "zipf:pages=600,accesses=5000")
+    least, random = out["rows"]
+    assert (least["policy"], random["policy"], random["ram"], random["frames"] % 3) == ("opt", "random", "50%", 0)
+    assert least["faults"] <= random["faults"] == out["pages"] + random["refaults"]
+    assert random["evicted"] >= random["faults"] - random["frames"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["nothing"], "zipf:pages=10000"), (["zipf:x=1"], "no parameter 'x'"), (["/etc/passwd"], "sylvie record -o FILE"),
+        (["/etc"], "is a directory"), (["loop", "--policy", "lru"], "choose from clock, "), (["loop", "--ram", "much"], "no size: give a part"),
+        (["loop", "--ram", "1%", "--nodes", "8"], "each needs 16"), (["loop", "--ram", "900G"], "such as 100%"),
+        (["loop:pages=10"], "160%"), (["loop", "--ram", ""], "no size"),
+    ],
+)  # fmt: skip
+def test_replay_says_what_to_do_next(args: list[str], says: str) -> None:
+    done = sylvie_replay(*args)
+    assert done.returncode == 1 and done.stderr.startswith("sylvie: ") and says in done.stderr, done
+    assert "Traceback" not in done.stderr

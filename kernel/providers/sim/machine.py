@@ -19,7 +19,9 @@ from kernel.abi import FRAME_DTYPE, MSG_DTYPE, ffi, lib
 FREE, MAPPED = FRAME_STATES["free"], FRAME_STATES["mapped"]
 ASID = 1
 LEAST = 16  # frames of a node: with fewer there would be no room between the watermarks
-BY_ITSELF = 1024  # frames that the gateway reclaims at once when none is free, at most (refill_urgent in gateway_server.h)
+BY_ITSELF = (
+    1024  # frames that the gateway reclaims at once when none is free, at most (refill_urgent in gateway_server.h)
+)
 GONE = -1  # in no frame
 # What kswapd may not do, and what nobody can (permitted() in gateway_server.h); all others are INVALID.
 FORBIDDEN = {lib.SY_OP_GRANT, lib.SY_OP_RESERVE, lib.SY_OP_RELEASE, lib.SY_OP_FAULT_ORDER, lib.SY_OP_COLLAPSE,

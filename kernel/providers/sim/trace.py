@@ -60,8 +60,8 @@ def load(path: Path) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as z:
             vpage, about = z["vpage"], json.loads(str(z["about"]))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as e:
-        raise BadTrace(f"{path} is not a trace ({e}): make one with `sylvie record -o {path} -- COMMAND`") from None
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError):
+        raise BadTrace(f"{path} is not a trace: make one with `sylvie record -o FILE -- COMMAND`") from None
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise BadTrace(f"{path} is not a trace of version {VERSION}: record it again")
     if vpage.ndim != 1 or vpage.dtype.kind != "u" or not len(vpage):
