@@ -18,7 +18,7 @@ from conftest import PROGRAMS, Enclave, bring_up, take_down, wait_for
 from bus.client import Control
 from kernel.abi import FRAME_DTYPE, OP_DTYPE, lib, names
 
-POLICIES = ["clock", "mru", "random", "two_list"]  # in this order: the default is there again at the end
+POLICIES = ["clock", "mglru", "mru", "random", "two_list"]  # in this order: the default is there again at the end
 LARGE = 80  # MiB, in 48 MiB of RAM
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.random import default_rng  # now: when privileges are dropped, modules may not be readable any more
 from numpy.typing import NDArray
 
 from components.kswapd.reclaim import ReclaimPolicy
@@ -13,7 +14,7 @@ class Policy(ReclaimPolicy):
 
     def rebuild(self) -> None:
         super().rebuild()
-        self.random = np.random.default_rng(0)
+        self.random = default_rng(0)
 
     def victims(self, candidates: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         return self.random.choice(candidates, min(count, len(candidates)), replace=False)

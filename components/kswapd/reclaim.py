@@ -27,6 +27,7 @@ class ReclaimPolicy(BasePolicy):
         """Nobody knows any more in which order frames were mapped: by address, then."""
         self.stamp: NDArray[np.int64] = np.arange(len(self.frames), dtype=np.int64) - len(self.frames)
         self.clock = 0
+        self.returned: NDArray[np.int64] = np.full(len(self.frames), -1, np.int64)
         self.awake = [False] * len(self.nodes)
         self.reclaimed = self.refaults = self.refused = 0
         self.left_at = self.asked_at = 0.0
@@ -44,6 +45,12 @@ class ReclaimPolicy(BasePolicy):
 
     def page_refault(self, events: NDArray[np.void]) -> None:
         self.refaults += len(events)
+        self.returned[events["pfn"]] = events["vpage"]
+
+    def returned_to(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Are these frames known to hold what came back to them from the store? PAGE_REFAULT is sent before PAGE_MAPPED, but of one
+        batch it is handled after it."""
+        return self.returned[pfns] == self.frames["vpage"][pfns].astype(np.int64)
 
     def page_swapped(self, _events: NDArray[np.void]) -> None:
         self.left_at = self.now()
