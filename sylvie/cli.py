@@ -254,6 +254,23 @@ def replay(trace: str, policy: str | None, ram: str, nodes: int, every: int | No
     r.main(trace, policy, ram, nodes, every, as_json)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-o", "--output", default="sylvie.trace", show_default=True, metavar="FILE", help="Where the trace goes.")
+@click.option("--ram", default="1G", show_default=True, help="RAM of the enclave: enough for the program.")
+@click.option("--swap", default="1G", show_default=True, help="Size of its swap file, for when RAM is not enough.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def record(output: str, ram: str, swap: str, command: tuple[str, ...]) -> None:
+    """Run a program on an enclave of its own and write down which pages it touches, for `sylvie replay`. Needs root.
+
+    \b
+    Example: sylvie record -o sort.trace -- sort --parallel=1 /usr/share/dict/words
+    """
+    from sylvie import life
+    from sylvie import record as r
+
+    sys.exit(r.main(list(command), Path(output), life.parse_size(ram), life.parse_size(swap)))
+
+
 @cli.command()
 @click.option("--fix", is_flag=True, help="Put back settings that a crashed run left.")
 @json_option
