@@ -107,7 +107,7 @@ def simulated(command: list[str], missing: list[str]) -> int:
     from sylvie.replay import compare, frames_of, policies_of, show
 
     for name in ("loop", "zipf", "scan_plus_hot", "phases"):
-        spec = f"{name}:pages=2000,accesses=10000"
+        spec = f"{name}:pages=4000,accesses=16000"
         out.print(f"\n[bold green]$ sylvie replay {spec} --ram 50%,75%[/]")
         trace = generate(spec)
         sizes = frames_of("50%,75%", len(trace.vpages), 1)
