@@ -23,6 +23,7 @@ from rich.progress import track
 
 from bus.client import Control
 from sylvie.life import implementations
+from sylvie.replay import NOT_BY_DEFAULT
 
 HERE = Path(__file__).resolve().parent
 MEMORY = 128  # MiB; working sets are twice that
@@ -146,7 +147,7 @@ def measure(run_dir: Path, managed: Callable[[list[str | Path]], list[str]], syl
             def pages() -> int:
                 return int(control.request({"t": "status"})["counters"]["swapped_in"])
 
-            policies = sorted(implementations("kswapd"), key=lambda p: p != "two_list")
+            policies = sorted({*implementations("kswapd")} - NOT_BY_DEFAULT, key=lambda p: (p != "two_list", p))
             for policy in policies:
                 sylvie("swap", "kswapd", policy)
                 ours[policy] = {w: [] for w in names}

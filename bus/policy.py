@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bus.codec import MAX_OPS
+from bus.topics import MESSAGES
 from kernel.abi import OP_DTYPE, lib
+
+Handler = Callable[[NDArray[np.void]], None]
 
 
 class Transaction:
@@ -64,11 +70,21 @@ class BasePolicy:
     number.
     """
 
-    def __init__(self, frames: NDArray[np.void], header: Any, nodes: list[tuple[int, int]], txn: Transaction) -> None:
+    tick = 0.1  # seconds after which step() is called although nothing came
+
+    def __init__(
+        self,
+        frames: NDArray[np.void],
+        header: Any,
+        nodes: list[tuple[int, int]],
+        txn: Transaction,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.frames = frames  # struct sy_frame, shape (frames,), read-only
         self.header = header  # struct sy_header, read-only
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn
+        self.now = now  # seconds; a policy asks no other clock, so that a simulated machine can have its own
 
     gather = 0.0  # seconds between two steps, at least: who is in no hurry handles more events at once
 
@@ -80,7 +96,7 @@ class BasePolicy:
         """Forget everything and start from the tables: at start, and after events were lost."""
 
     def step(self) -> None:
-        """Decide: called after each batch and at least ten times a second. Queue operations on ``self.txn``."""
+        """Decide: called after each batch and at least once a ``tick``. Queue operations on ``self.txn``."""
 
     def result(self, ops: NDArray[np.void]) -> None:
         """What became of the operations of the last step; operations queued here are committed at once."""
@@ -92,3 +108,36 @@ class BasePolicy:
     def words(self) -> dict[str, list[int]]:
         """Tunables for the gateway to keep, by name; sent once, with HELLO. See ``kernel/gateway.py``."""
         return {}
+
+
+def handlers_of(policy: BasePolicy) -> dict[int, Handler]:
+    """A policy's handlers by message type; none while it is asleep."""
+    return {
+        value: getattr(policy, message.lower())
+        for message, value in MESSAGES.items()
+        if hasattr(policy, message.lower()) and not policy.asleep()
+    }
+
+
+def dispatch(handlers: dict[int, Handler], events: NDArray[np.void]) -> None:
+    """Hands one batch, shape (n,), to the handlers, type by type in ascending order."""
+    types = events["type"]
+    present = np.flatnonzero(np.bincount(types, minlength=1)).tolist()
+    for kind in present:
+        handler = handlers.get(kind)
+        if handler is not None:
+            handler(events if len(present) == 1 else events[types == kind])
+
+
+def commit(policy: BasePolicy, send: Callable[[NDArray[np.void]], NDArray[np.void]]) -> None:
+    """Sends what a policy has queued and tells it the results.
+
+    :param send: carries out at most ``MAX_OPS`` operations, shape (n,), and returns them with ``result`` filled in
+    """
+    # result() may answer a failure with other operations; a policy that always does must not starve the events.
+    for _ in range(4):
+        ops = policy.txn.take()
+        if not len(ops):
+            return
+        for start in range(0, len(ops), MAX_OPS):
+            policy.result(send(ops[start : start + MAX_OPS]))

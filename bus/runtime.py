@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ import zmq
 from numpy.typing import NDArray
 
 from bus.client import Control, GatewayGone, subscriber
-from bus.codec import MAX_OPS, BusError, decode_batch, field
+from bus.codec import BusError, decode_batch, field
 from bus.keys import COMPONENT_IDS, uid_of
-from bus.policy import BasePolicy, Transaction
+from bus.policy import BasePolicy, Transaction, commit, dispatch, handlers_of
 from bus.tables import Tables
 from bus.topics import MESSAGES, TOPICS, topic_of
 from kernel.abi import OP_DTYPE, ffi, lib
@@ -41,7 +41,6 @@ HEARTBEAT = 0.5  # seconds between two
 # starting over would only begin the wait anew.
 JOIN_PATIENCE = 30.0
 PATIENCE = 5.0  # seconds without an answer after which the gateway is taken for dead
-TICK = 0.1  # seconds after which step() is called although nothing came
 LATE = 2.0  # seconds after which an event that was sent and has not come counts as lost
 BURST = 256  # batches handled in one go
 DEFAULT_RUN_DIR = "/run/sylvie"
@@ -109,12 +108,7 @@ class Runtime:
         self.tables = fetch_tables(run_dir, COMPONENT_IDS[name])
         self.txn = Transaction(self.tables.frames)
         self.policy = policy_class(self.tables.frames, self.tables.header, self.tables.nodes, self.txn)
-        asleep = self.policy.asleep()
-        self._handlers: dict[int, Callable[[NDArray[np.void]], None]] = {
-            value: getattr(self.policy, message.lower())
-            for message, value in MESSAGES.items()
-            if not asleep and hasattr(self.policy, message.lower())
-        }
+        self._handlers = handlers_of(self.policy)
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}
         self._topics = [topic for topic in TOPICS if topic in wanted]
@@ -170,7 +164,7 @@ class Runtime:
             self._receive()
             stepped = time.monotonic()
             self.policy.step()
-            self._commit()
+            commit(self.policy, self._send)
             now = time.monotonic()
             if now >= self._beat_at:
                 self._beat_at = now + HEARTBEAT
@@ -195,9 +189,9 @@ class Runtime:
 
     def _receive(self) -> None:
         if self.events_in is None:
-            time.sleep(TICK)
+            time.sleep(self.policy.tick)
             return
-        if not self.events_in.poll(int(TICK * 1000)):
+        if not self.events_in.poll(int(self.policy.tick * 1000)):
             # Nothing is on the way any more, so what the gateway said long ago it had sent, and is not here, was lost.
             if all(self._next[topic] >= self._promised.get(topic, 0) for topic in self._topics):
                 self._promised = {}
@@ -241,25 +235,13 @@ class Runtime:
 
     def _dispatch(self, events: NDArray[np.void]) -> None:
         self.events += len(events)
-        types = events["type"]
-        present = np.flatnonzero(np.bincount(types, minlength=1)).tolist()
-        for kind in present:
-            handler = self._handlers.get(kind)
-            if handler is not None:
-                handler(events if len(present) == 1 else events[types == kind])
+        dispatch(self._handlers, events)
 
-    def _commit(self) -> None:
-        # result() may answer a failure with other operations; a policy that always does must not starve the events.
-        for _ in range(4):
-            ops = self.txn.take()
-            if not len(ops):
-                return
-            for start in range(0, len(ops), MAX_OPS):
-                sent = ops[start : start + MAX_OPS]
-                _, raw = self.control.exchange({"t": "txn", "name": self.name}, sent.tobytes())
-                if len(raw) != sent.nbytes:
-                    raise BusError(f"{len(sent)} operations sent, {len(raw)} bytes of results came back")
-                self.policy.result(np.frombuffer(raw, OP_DTYPE))
+    def _send(self, ops: NDArray[np.void]) -> NDArray[np.void]:
+        _, raw = self.control.exchange({"t": "txn", "name": self.name}, ops.tobytes())
+        if len(raw) != ops.nbytes:
+            raise BusError(f"{len(ops)} operations sent, {len(raw)} bytes of results came back")
+        return np.frombuffer(raw, OP_DTYPE)
 
 
 def run(name: str, implementation: str, policy_class: type[BasePolicy], run_dir: str | Path) -> int:

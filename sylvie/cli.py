@@ -252,6 +252,50 @@ def swap(ctx: click.Context, component: str, implementation: str, run_dir: str |
 
 
 @cli.command()
+@click.argument("trace")
+@click.option(
+    "--policy", default=None, metavar="NAME,…", help="Policies of kswapd, and opt, the bound.  [default: all]"
+)
+@click.option(
+    "--ram", default="25%,50%,75%", show_default=True, help="Sizes of RAM: parts of the pages in the trace, or as 64M."
+)
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1, 8), help="NUMA nodes to divide it into.")
+@click.option(
+    "--every",
+    type=click.IntRange(1),
+    help="Accesses between two steps of kswapd.  [default: half the low watermark, 64 at most]",
+)
+@json_option
+def replay(trace: str, policy: str | None, ram: str, nodes: int, every: int | None, as_json: bool) -> None:
+    """Faults of each policy on a simulated machine. TRACE: a file that `sylvie record` wrote, or a generator with its parameters:
+    loop, zipf, scan_plus_hot, phases. Needs no root.
+
+    \b
+    Example: sylvie replay zipf:pages=10000,accesses=200000,seed=1 --policy clock,two_list,opt --ram 10%,16M
+    """
+    from sylvie import replay as r
+
+    r.main(trace, policy, ram, nodes, every, as_json)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-o", "--output", default="sylvie.trace", show_default=True, metavar="FILE", help="Where the trace goes.")
+@click.option("--ram", default="1G", show_default=True, help="RAM of the enclave: enough for the program.")
+@click.option("--swap", default="1G", show_default=True, help="Size of its swap file, for when RAM is not enough.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def record(output: str, ram: str, swap: str, command: tuple[str, ...]) -> None:
+    """Run a program on an enclave of its own and write down which pages it touches, for `sylvie replay`. Needs root.
+
+    \b
+    Example: sylvie record -o sort.trace -- sort --parallel=1 /usr/share/dict/words
+    """
+    from sylvie import life
+    from sylvie import record as r
+
+    sys.exit(r.main(list(command), Path(output), life.parse_size(ram), life.parse_size(swap)))
+
+
+@cli.command()
 @click.option("--fix", is_flag=True, help="Put back settings that a crashed run left.")
 @json_option
 def doctor(fix: bool, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """``make run``: brings Sylvie up, runs real programs on it, kills buddy in the middle, shows that nothing was lost, takes it down.
 
-With ``-- CMD…``: runs that instead. Uses a run directory of its own.
+With ``-- CMD…``: runs that instead. Uses a run directory of its own. Where no enclave can be up (no root, no userfaultfd): policies of
+kswapd on the simulated machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sylvie.doctor import essentials
 from sylvie.life import ROOT, control
 
 out = Console(highlight=False)
@@ -93,9 +95,32 @@ def kill_buddy_under(run_dir: Path) -> bool:
     return program.returncode == 0
 
 
+def simulated(command: list[str], missing: list[str]) -> int:
+    """What can be shown without frames: faults of every policy in made traces. 1 if there is a command, which needs frames."""
+    out.print(f"On a simulated machine, for this one lacks: {'; '.join(missing)}", soft_wrap=True, markup=False)
+    if command:
+        out.print("No command can run on that: `sylvie doctor` tells what to do.")
+        return 1
+    from rich.progress import Progress
+
+    from kernel.providers.sim.trace import generate
+    from sylvie.replay import compare, frames_of, policies_of, show
+
+    for name in ("loop", "zipf", "scan_plus_hot", "phases"):
+        spec = f"{name}:pages=4000,accesses=16000"
+        out.print(f"\n[bold green]$ sylvie replay {spec} --ram 50%,75%[/]")
+        trace = generate(spec)
+        sizes = frames_of("50%,75%", len(trace.vpages), 1)
+        show(trace, compare(trace, policies_of(None), sizes, 1, None, Progress(disable=True)), name)
+    out.print("\nopt is the bound: it knows the future. [bold]sylvie replay --help[/] tells how to go on.")
+    return 0
+
+
 def main() -> int:
     """0 when everything was as it should be."""
     command = sys.argv[2:] if sys.argv[1:2] == ["--"] else []
+    if missing := essentials():
+        return simulated(command, missing)
     with tempfile.TemporaryDirectory(prefix="sylvie-demo-") as d:
         os.chmod(d, 0o755)  # components run under uids of their own
         run_dir = Path(d) / "run"

@@ -27,11 +27,15 @@ OURS = ("config.json", "supervisord.conf", "supervisor.sock", "supervisord.pid",
         "events.ipc", "txn.ipc", "swap")  # fmt: skip
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "512M", "4G", "65536". :raises Problem: anything else, or less than 16 MiB"""
+def bytes_of(text: str) -> int:
+    """Bytes of "512M", "4G", "65536"; 0 if it is no size."""
     m = re.fullmatch(r"(\d+)([KMGkmg]?)(i?[Bb])?", text.strip())
-    size = int(m[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[m[2].lower()] if m else 0
-    if size < 16 << 20:
+    return int(m[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[m[2].lower()] if m else 0
+
+
+def parse_size(text: str) -> int:
+    """As ``bytes_of``. :raises Problem: no size, or less than 16 MiB"""
+    if (size := bytes_of(text)) < 16 << 20:
         raise Problem(f"--ram {text}: give a size of at least 16M, such as 512M or 4G")
     return size
 

@@ -1,1 +1,2 @@
-"""kswapd: which frames leave when memory runs low. Policies: ``two_list`` (the default), ``clock``, ``mru``, ``random``."""
+"""kswapd: which frames leave when memory runs low. Policies: ``two_list`` (the default), ``clock``, ``mglru``, ``mru``, ``random``;
+``sampler`` only looks on, for `sylvie record`."""

@@ -29,6 +29,7 @@ class ReclaimPolicy(BasePolicy):
         """Nobody knows any more in which order frames were mapped: by address, then."""
         self.stamp: NDArray[np.int64] = np.arange(len(self.frames), dtype=np.int64) - len(self.frames)
         self.clock = 0
+        self.returned: NDArray[np.int64] = np.full(len(self.frames), -1, np.int64)
         self.ahead = [2 * int(self.header.watermark[node].high) for node in range(len(self.nodes))]
         self.chosen = self.refaults = self.refused = 0
 
@@ -47,13 +48,19 @@ class ReclaimPolicy(BasePolicy):
 
     def page_refault(self, events: NDArray[np.void]) -> None:
         self.refaults += len(events)
+        self.returned[events["pfn"]] = events["vpage"]
+
+    def returned_to(self, pfns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Are these frames known to hold what came back to them from the store? PAGE_REFAULT is sent before PAGE_MAPPED, but of one
+        batch it is handled after it."""
+        return self.returned[pfns] == self.frames["vpage"][pfns].astype(np.int64)
 
     def watermark(self, events: NDArray[np.void]) -> None:
         """Wakes ``step()``; the numbers are in the header."""
 
     # ---- what to do ----
     def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
-        """At most ``count`` of ``candidates`` (pfns of a node's frames that may be reclaimed, ascending) to reclaim now.
+        """At most ``count`` of ``candidates`` (pfns of a node's frames that may be reclaimed, ascending, at least one) to reclaim now.
         ``short``: the node is at its min watermark; better a frame that may be in use than none."""
         raise NotImplementedError
 
@@ -79,8 +86,11 @@ class ReclaimPolicy(BasePolicy):
                 continue
             part = self.frames[base : base + size]
             ours = (part["state"] == MAPPED) & (part["flags"] & TAKEN == 0)
+            candidates = base + np.flatnonzero(ours)
+            if not len(candidates):
+                continue
             mark = self.header.watermark[node]
-            chosen = self.victims(base + np.flatnonzero(ours), count, bool(mark.free <= mark.min))
+            chosen = self.victims(candidates, count, bool(mark.free <= mark.min))
             self.chosen += len(chosen)
             self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0, arg=lib.SY_RECLAIM_STANDBY)
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.kswapd.reclaim import MAPPED, ReclaimPolicy, oldest
+from components.kswapd.reclaim import BATCH, MAPPED, ReclaimPolicy, oldest
 from kernel.abi import lib
 
-AHEAD = 2  # frames without an accessed bit at the tail, per frame that is to leave
+AHEAD = 2  # frames that move from the active list, per frame that is to leave
+TAIL = 4  # the older 1/TAIL of the inactive list is without accessed bits: long enough for a touch to show before a page leaves
 
 
 class Policy(ReclaimPolicy):
@@ -28,7 +29,7 @@ class Policy(ReclaimPolicy):
 
     def arrived(self, pfns: NDArray[np.int64]) -> None:
         super().arrived(pfns)
-        self.active[pfns] = False
+        self.active[pfns] &= self.returned_to(pfns)
 
     def page_hint(self, events: NDArray[np.void]) -> None:
         self._activate(events["pfn"].astype(np.int64))
@@ -50,9 +51,9 @@ class Policy(ReclaimPolicy):
             self.active[moved] = False
             super().arrived(moved)
             inactive = np.concatenate([inactive, moved])
-        tail = oldest(self.stamp, inactive, AHEAD * count + count)
+        tail = oldest(self.stamp, inactive, max(AHEAD * count + count, len(inactive) // TAIL))
         aged = self.frames["flags"][tail] & lib.SY_FF_AGED != 0
-        self.txn.add(lib.SY_OP_AGE, np.sort(tail[~aged]), 0)
+        self.txn.add(lib.SY_OP_AGE, np.sort(oldest(self.stamp, tail[~aged], BATCH)), 0)
         leaving = oldest(self.stamp, tail[aged], count)
         return oldest(self.stamp, tail, count) if short and not len(leaving) else leaving  # none has lost its bit yet
 

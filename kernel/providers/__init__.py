@@ -1,0 +1,1 @@
+"""Where events come from and transactions go to. ``sim``: a simulated machine."""
