@@ -6,7 +6,7 @@ fault noticing.
 
 Requests are a msgpack map ``{"t": KIND, ...}``, answered by ``{"ok": true, ...}`` or ``{"ok": false, "error": why}``; a
 ``rid`` is handed back. KIND is one of, from components: ``hello sync txn heartbeat goodbye``; from the command line:
-``status check buddyinfo slabinfo fault-order low release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
+``status check buddyinfo slabinfo fault-order low watermarks release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
 """
 
 from __future__ import annotations
@@ -473,7 +473,11 @@ class Gateway:
             "components": [component.report(now) for component in self.components.values()],
             "frames": frames_by_state(self.tables.frames),
             "populated": header.populated,
-            "nodes": [{"base": base, "frames": size} for base, size in self.tables.nodes],
+            "nodes": [
+                {"base": base, "frames": size}
+                | {name: getattr(header.watermark[node], name) for name in ("min", "low", "high", "free", "standby")}
+                for node, (base, size) in enumerate(self.tables.nodes)
+            ],
             "swap": {
                 "slots": header.slots, "used": header.slots_used,
                 "pool_frames": header.pool_frames, "pool_max": header.pool_max,
@@ -520,6 +524,18 @@ class Gateway:
         asid, order, largest = (_u32(header, name) for name in ("asid", "order", "max_order"))
         if (status := lib.sy_gw_set_fault_order(self.gw, asid, order, largest)) < 0:
             raise BusError(f"fault order {order} up to {largest} for address space {asid}: {os.strerror(-status)}")
+        return {}
+
+    def request_watermarks(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """Sets a node's watermarks, in frames: ``node``, ``min``, ``low``, ``high``."""
+        node, least, low, high = (_u32(header, name) for name in ("node", "min", "low", "high"))
+        if lib.sy_gw_set_watermarks(self.gw, node, least, low, high) < 0:
+            if node >= len(self.tables.nodes):
+                raise BusError(f"there is no node {node}: nodes are 0 to {len(self.tables.nodes) - 1}")
+            raise BusError(
+                f"watermarks {least}, {low}, {high} of node {node}: they ascend, "
+                f"up to half of its {self.tables.nodes[node][1]} frames"
+            )
         return {}
 
     def request_release(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:

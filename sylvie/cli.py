@@ -174,6 +174,28 @@ def buddyinfo(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
 
 
 @cli.command()
+@click.argument("marks", nargs=-1, type=click.IntRange(0), metavar="[MIN LOW HIGH]")
+@click.option("--node", default=0, show_default=True, type=click.IntRange(0), help="Whose watermarks to set.")
+@json_option
+@run_dir_option
+@click.pass_context
+def watermarks(ctx: click.Context, marks: tuple[int, ...], node: int, as_json: bool, run_dir: str | None) -> None:
+    """Show every node's watermarks, in frames of 4 KiB; or set those of one.
+
+    Below LOW pages leave until HIGH frames are free; below MIN the gateway reclaims by itself if kswapd is not there.
+
+    \b
+    Example: sylvie watermarks
+             sylvie watermarks 512 1024 2048 --node 0
+    """
+    from sylvie import show
+
+    if len(marks) not in (0, 3):
+        raise click.UsageError(f"{len(marks)} watermarks given: none to see them, or three, MIN LOW HIGH, to set them")
+    show.watermarks(chosen(ctx, run_dir), node, marks, as_json)
+
+
+@cli.command()
 @json_option
 @run_dir_option
 @click.pass_context

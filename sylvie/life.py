@@ -345,12 +345,13 @@ def swap(run_dir: Path, component: str, implementation: str) -> None:
 def restart(run_dir: Path, component: str) -> None:
     """As ``supervisorctl restart``."""
     s = rpc(run_dir)
-    try:
-        s.stopProcess(component, True)
-    except xmlrpc.client.Fault as e:
-        if "NOT_RUNNING" not in e.faultString:
-            raise Problem(f"supervisord: {e.faultString}") from None
-    s.startProcess(component, True)
+    # One that keeps dying is between two lives, and supervisord may be quicker than we are to begin the next.
+    for call, fine in ((s.stopProcess, "NOT_RUNNING"), (s.startProcess, "ALREADY_STARTED")):
+        try:
+            call(component, True)
+        except xmlrpc.client.Fault as e:
+            if fine not in e.faultString:
+                raise Problem(f"supervisord: {e.faultString}") from None
 
 
 def release(run_dir: Path, pid: int) -> None:

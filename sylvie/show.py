@@ -91,6 +91,24 @@ def buddyinfo(run_dir: Path, as_json: bool) -> None:
     print(json.dumps(answer["nodes"]) if as_json else answer["text"].rstrip())
 
 
+def watermarks(run_dir: Path, node: int, marks: tuple[int, ...], as_json: bool) -> None:
+    """Each node's watermarks, after setting one's if ``marks`` are given."""
+    if marks:
+        least, low, high = marks
+        control(run_dir, {"t": "watermarks", "node": node, "min": least, "low": low, "high": high})
+    nodes = control(run_dir, {"t": "status"})["nodes"]
+    if as_json:
+        print(json.dumps(nodes))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    t = Table("node", "frames", "min", "low", "high", "free", "standing by", box=None)
+    for i, n in enumerate(nodes):
+        t.add_row(str(i), *(str(n[k]) for k in ("frames", "min", "low", "high", "free", "standby")))
+    Console().print(t)
+
+
 def slabinfo(run_dir: Path, as_json: bool) -> None:
     """Compressed pages by size."""
     answer = control(run_dir, {"t": "slabinfo"})

@@ -142,7 +142,7 @@ def test_events_arrive_in_order_and_without_loss(enclave: Enclave) -> None:
         assert (dump["gaps"], dump["rebuilds"]) == (0, 1)
         seen = []
         expected = None
-        while late.poll(200):
+        while late.poll(1000):
             _, first, events = decode_batch(late.recv_multipart())
             assert expected in (None, first)
             expected = first + len(events)

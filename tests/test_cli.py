@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 from conftest import ROOT, SYLVIE, Enclave, bring_up, take_down, wait_for
 
 from kernel.abi import lib
-from sylvie.cli import DEFAULT_RUN_DIR, cli
+from sylvie import life
+from sylvie.cli import DEFAULT_RUN_DIR, Problem, cli
 
 # Holds some memory until its input ends.
 HOLD = "b = bytearray(8 << 20); b[::4096] = b'x' * len(b[::4096]); print('there', flush=True); input()"
@@ -80,7 +82,7 @@ def test_bad_implementation(root_dir: Path, chosen: str) -> None:
     assert not (root_dir / "bad").exists()
 
 
-@pytest.mark.parametrize("command", [["status"], ["buddyinfo"], ["slabinfo"], ["check"], ["events"], ["swap", "buddy", "next_fit"]])
+@pytest.mark.parametrize("command", [["status"], ["buddyinfo"], ["slabinfo"], ["watermarks"], ["check"], ["events"], ["swap", "buddy", "next_fit"]])
 def test_nothing_up(root_dir: Path, command: list[str]) -> None:
     done = call("--run-dir", root_dir / "none", *command)
     assert done.returncode == 1 and f"sylvie --run-dir {root_dir / 'none'} up" in done.stderr
@@ -249,6 +251,26 @@ def test_two_nodes(root_dir: Path) -> None:
     finally:
         take_down(e)
     assert not e.run_dir.exists()
+
+
+def test_restarting_what_keeps_dying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """supervisord may start it between our two requests; what else it says is a Problem, not a trace."""
+    said = []
+
+    class Supervisord:
+        def stopProcess(self, name: str, _wait: bool) -> None:
+            said.append(("stop", name))
+            raise xmlrpc.client.Fault(70, f"NOT_RUNNING: {name}")
+
+        def startProcess(self, name: str, _wait: bool) -> None:
+            said.append(("start", name))
+            raise xmlrpc.client.Fault(60 if name == "kswapd" else 50, f"{'ALREADY_STARTED' if name == 'kswapd' else 'SPAWN_ERROR'}: {name}")
+
+    monkeypatch.setattr(life, "rpc", lambda _run_dir: Supervisord())
+    life.restart(Path("/nowhere"), "kswapd")
+    assert said == [("stop", "kswapd"), ("start", "kswapd")]
+    with pytest.raises(Problem, match="SPAWN_ERROR: buddy"):
+        life.restart(Path("/nowhere"), "buddy")
 
 
 def test_supervisorctl_in_the_repository(root_dir: Path) -> None:

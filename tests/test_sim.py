@@ -6,6 +6,7 @@ import heapq
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -255,6 +256,20 @@ def test_policies_see_what_the_live_ones_see() -> None:
     assert dump["refaults"] == r.machine.refaults and dump["chosen"] >= r.machine.swapped_out - r.machine.by_gateway > 0
     for source in (ROOT / "components" / "kswapd").glob("*.py"):
         assert "import time" not in source.read_text(), source
+
+
+def test_the_policies_of_the_documentation() -> None:
+    """docs/write-a-policy.md: what is written there runs, and does what a beginner's policy should."""
+    text = (Path(__file__).parent.parent / "docs" / "write-a-policy.md").read_text()
+    first, body = re.findall(r"```python\n(.*?)```", text, re.S)[:2]
+    trace = generate("zipf:pages=1000,accesses=20000")
+    least, found = opt(trace.pages, 500), []
+    for source in (first, re.sub(r"        return .*\n", body, first)):
+        names: dict[str, Any] = {}
+        exec(source, names)
+        found.append(replay(trace, names["Policy"], 500))
+        assert least < found[-1].faults < 3 * least
+    assert found[0].hints == 0 < found[1].hints  # the second asks what is in use
 
 
 def test_mru_is_best_on_loops() -> None:

@@ -181,6 +181,26 @@ def test_store_and_ram_full(root_dir: Path) -> None:
         take_down(e)
 
 
+def test_watermarks_are_set_at_run_time(enclave: Enclave) -> None:
+    """Wrong ones are refused and change nothing; new ones are kept to at once, under a program."""
+    before = json.loads(enclave.cli("watermarks", "--json").stdout)
+    for wrong, why in (
+        ([300, 200, 400], "ascend"), ([1, 2, 7000], "half of its 12288"), ([1, 2, 3, "--node", 1], "nodes are 0 to 0"), ([1, 2], "three"),
+    ):  # fmt: skip
+        done = enclave.cli("watermarks", *map(str, wrong), ok=False)
+        assert done.returncode and why in done.stderr and "Traceback" not in done.stderr, done
+    assert [{k: n[k] for k in ("min", "low", "high")} for n in json.loads(enclave.cli("watermarks", "--json").stdout)] == [
+        {k: n[k] for k in ("min", "low", "high")} for n in before
+    ]
+    p = waiting(enclave)
+    least, low, high = 500, 2000, 3000
+    out = enclave.cli("watermarks", str(least), str(low), str(high)).stdout
+    assert out.split()[-5:-2] == [str(least), str(low), str(high)]
+    wait_for(lambda: enclave.status()["nodes"][0]["free"] > low, 20, "nothing leaves for the new marks")
+    lost_nothing(p)
+    enclave.cli("watermarks", *(str(before[0][k]) for k in ("min", "low", "high")))
+
+
 def test_tiers_of_the_store(root_dir: Path, compiled: Callable[[str], Path]) -> None:
     """Zeros take nothing, a repeated word the smallest object, what compresses a slab's object, the rest the file; slabinfo says so, and all of it is
     given back."""

@@ -30,6 +30,8 @@ void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
 /* Where pages go that leave RAM: a file made anew, readable by root only, behind so many frames of compressed pages at most. Before
  * sy_gw_start. 0 or -errno. */
 int sy_gw_set_swap(struct sy_gateway *gw, const char *path, uint64_t bytes, uint32_t pool_frames);
+/* A node's watermarks, in frames: min <= low <= high <= half of the node. 0, -ENOENT or -EINVAL. */
+int sy_gw_set_watermarks(struct sy_gateway *gw, uint32_t node, uint32_t min, uint32_t low, uint32_t high);
 /* A user beside root whose programs may join; before sy_gw_start. 0, or -1: SY_MAX_USERS are admitted already. */
 int sy_gw_admit(struct sy_gateway *gw, uint32_t uid);
 /* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */

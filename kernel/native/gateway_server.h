@@ -716,6 +716,18 @@ int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes, uint3
   g->hdr->slots = (uint32_t)slots, g->hdr->pool_max = pool_frames;
   return make_slots(g, slots);
 }
+int sy_gw_set_watermarks(struct sy_gateway *g, uint32_t node, uint32_t min, uint32_t low, uint32_t high) {
+  if (node >= g->nodes) return -ENOENT;
+  if (min > low || low > high || high > g->node[node].frames / 2) return -EINVAL;
+  pthread_mutex_lock(&g->lock);
+  struct sy_watermarks *m = &g->hdr->watermark[node];
+  m->min = min, m->low = low, m->high = high;
+  g->watermark_told[node] = 2;
+  set_free_bits(g, g->node[node].base, 0, 1); /* says where it is now */
+  pthread_mutex_unlock(&g->lock);
+  poke(g);
+  return 0;
+}
 int sy_gw_admit(struct sy_gateway *g, uint32_t uid) {
   if (g->nusers == SY_MAX_USERS) return -1;
   g->user[g->nusers++] = uid;
