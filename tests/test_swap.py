@@ -265,6 +265,34 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
         take_down(e)
 
 
+def test_a_full_disk_keeps_the_pages(root_dir: Path) -> None:
+    """The swap file cannot take them: they stay in their frames, are counted, and go on being the program's."""
+    disk = root_dir / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M,mode=755", "sylvie-test", disk], check=True)
+    try:
+        e = bring_up(disk / "r", "--ram", "64M", "--swap", "256M", "--pool", "0%")
+        try:
+            e.supervisorctl("stop", "kswapd")
+            p = waiting(e, 24)
+            frames = tables(e).frames
+
+            def reclaim() -> int:
+                with as_kswapd(e) as commit:
+                    commit(lib.SY_OP_RECLAIM, np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)[:4096])
+                return int(e.status()["counters"]["store_errors"])
+
+            wait_for(lambda: reclaim() > 100, 30, "the disk does not run full")
+            lost_nothing(p)
+            s = e.idle()
+            assert s["counters"]["oom_kills"] == s["swap"]["used"] == 0
+            e.check()
+        finally:
+            take_down(e)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_frames_are_aged_without_a_store(root_dir: Path) -> None:
     """Who watches what is in use needs none: a touch after AGE is a PAGE_HINT, and nothing is lost."""
     e = bring_up(root_dir / "swa", "--ram", "64M")
