@@ -103,6 +103,7 @@ struct as {
   uint64_t resync_at_ns;  /* 0: none due. First pass done when resync_count > 0 */
   int pidfd;
   uint32_t evict_tail, evict_sent, evict_done; /* of mag->evict: decided (under lock); told, and carried out (server thread) */
+  uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
@@ -306,9 +307,13 @@ static void isolate(struct sy_gateway *g, uint32_t pfn, int order) {
   set_state(g, pfn, 1u << order, SY_FRAME_ISOLATED, order);
 }
 /* A frame is to leave for the store, or does not after all. */
-static void leave(struct sy_gateway *g, struct sy_frame *f) { f->flags |= SY_FF_SWAPPING, g->swapping++, g->swapping_on[f->node]++; }
+static struct as *find_as(struct sy_gateway *g, uint32_t asid);
+static void leave(struct sy_gateway *g, struct as *a, struct sy_frame *f) { f->flags |= SY_FF_SWAPPING, g->swapping++, g->swapping_on[f->node]++, a->leaving++; }
 static void stay(struct sy_gateway *g, struct sy_frame *f) {
-  if (f->flags & SY_FF_SWAPPING) f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--, g->swapping_on[f->node]--;
+  if (!(f->flags & SY_FF_SWAPPING)) return;
+  struct as *a = find_as(g, f->asid);
+  f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--, g->swapping_on[f->node]--;
+  if (a) a->leaving--;
 }
 /* any state of ours -> FREE. The caller has unlinked it from its owner. */
 static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) {

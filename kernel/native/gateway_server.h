@@ -566,7 +566,7 @@ static int send_evictions(struct sy_gateway *g) {
     if (from == tail || from != a->evict_done || a->dying) continue;
     uint32_t to = tail - from > EVICT_AT_ONCE ? from + EVICT_AT_ONCE : tail;
     pthread_mutex_lock(&g->lock);
-    a->evict_sent = to; /* nobody may lengthen the last one from now on */
+    a->evict_sent = to, a->told_ns = now_ns(); /* nobody may lengthen the last one from now on */
     pthread_mutex_unlock(&g->lock);
     if (command(g, a, SY_CMD_EVICT, 0, (uint64_t[6]){from, to}, NULL, 0)) evicted(g, a, from, to); /* (no memory: as if it had found nothing there) */
   }

@@ -5,11 +5,14 @@
 #define STORE_PATIENCE_NS 2000000000ull /* who waits for frames waits so long for the next page to leave, before the OOM rule applies */
 
 /* ---------------------------------------------------------------- out */
+/* A program that is stopped takes nothing away: what it was told to does not leave, and it is told no more. */
+#define STOPPED_NS 100000000ull
+static int is_stopped(const struct as *a) { return a->evict_sent != a->evict_done && now_ns() > a->told_ns + STOPPED_NS; }
 /* Frames [pfn, pfn + n), MAPPED one after the other, are to leave (flag SWAPPING), or to be taken away so that a touch shows (AGED). Under lock. */
 static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t flag) {
   struct sy_frame *f = &g->frames[pfn];
   struct as *a = f->state == SY_FRAME_MAPPED ? find_as(g, f->asid) : NULL;
-  if (!a || a->dying || a->released) return SY_R_STALE;
+  if (!a || a->dying || a->released || is_stopped(a)) return SY_R_STALE;
   for (uint32_t i = 0; i < n; i++)
     if (f[i].state != SY_FRAME_MAPPED || f[i].asid != f->asid || f[i].vpage != f->vpage + i || f[i].flags & (SY_FF_SWAPPING | flag) ||
         a->pte[f[i].vpage] & SY_PTE_MLOCKED)
@@ -18,7 +21,7 @@ static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t
   if (a->evict_tail - a->evict_done == SY_EVICT_RUNS || g->store_head - g->store_tail > STORE_RING / 2) return SY_R_BUSY;
   if (flag == SY_FF_SWAPPING) g->asked_ns = now_ns();
   for (uint32_t i = 0; i < n; i++) {
-    if (flag == SY_FF_SWAPPING) leave(g, &f[i]);
+    if (flag == SY_FF_SWAPPING) leave(g, a, &f[i]);
     else f[i].flags |= flag;
   }
   struct sy_run *last = a->evict_tail != a->evict_sent ? &a->mag->evict[(a->evict_tail - 1) % SY_EVICT_RUNS] : NULL;
@@ -30,15 +33,16 @@ static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t
 }
 /* When did anything last leave, or was asked to? What has not within this time is not waited for: its program may be stopped. */
 #define STUCK_NS 500000000ull
-static int moving(struct sy_gateway *g) {
-  uint64_t last = g->swap_progress_ns > g->asked_ns ? g->swap_progress_ns : g->asked_ns;
-  return now_ns() < last + STUCK_NS;
+static uint64_t on_the_way(struct sy_gateway *g, uint64_t swapping) {
+  uint64_t last = g->swap_progress_ns > g->asked_ns ? g->swap_progress_ns : g->asked_ns, not = 0;
+  if (now_ns() > last + STUCK_NS) return 0;
+  for (uint32_t i = 0; i < g->nas; i++) not += is_stopped(g->as[i]) ? g->as[i]->leaving : 0;
+  return swapping > not ? swapping - not : 0;
 }
 /* By ourselves, when nobody else has: round and round over the frames, oldest look first. Frames on their way (under lock). */
 static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
-  uint64_t got = 0;
-  if (!g->hdr->slots) return 0;
-  if (g->swapping >= want && moving(g)) return g->swapping;
+  uint64_t got = 0, going = on_the_way(g, g->swapping);
+  if (!g->hdr->slots || going >= want) return going;
   for (uint32_t k = 0; k < g->nframes && got < want;) {
     uint32_t f = g->clock_hand, n = 1;
     const struct sy_frame *p = &g->frames[f];
@@ -70,9 +74,9 @@ static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
 /* What stands by leaves until a node has `high` frames. Returns whether to look again soon. */
 static int relieve(struct sy_gateway *g, uint32_t nd) {
   struct sy_watermarks *m = &g->hdr->watermark[nd];
-  uint64_t on_the_way = moving(g) ? g->swapping_on[nd] : 0;
+  uint64_t going = on_the_way(g, g->swapping_on[nd]);
   g->reclaiming[nd] |= m->free < m->low;
-  while (g->reclaiming[nd] && m->standby && m->free + on_the_way < m->high) {
+  while (g->reclaiming[nd] && m->standby && m->free + going < m->high) {
     struct standby s = g->standby[nd][g->standby_head[nd] % STANDBY_RING];
     struct sy_frame *f = &g->frames[s.pfn];
     int same = f->barrier == s.barrier && f->flags & SY_FF_STANDBY, touched = s.aged && !(f->flags & SY_FF_AGED);
@@ -80,11 +84,11 @@ static int relieve(struct sy_gateway *g, uint32_t nd) {
     if (r == SY_R_BUSY || r == SY_R_FULL) break;
     if (same) f->flags &= (uint8_t)~SY_FF_STANDBY;
     g->standby_head[nd]++, m->standby--;
-    on_the_way += r == SY_R_COMPLETE;
+    going += r == SY_R_COMPLETE;
   }
   if (m->free < m->min && !m->standby && g->hdr->component[SY_C_KSWAPD].state != 1) reclaim_some(g, m->high);
-  if (m->free + on_the_way >= m->high) g->reclaiming[nd] = 0;
-  return m->free < m->high && (m->standby || on_the_way);
+  if (m->free + going >= m->high) g->reclaiming[nd] = 0;
+  return m->free < m->high && (m->standby || going);
 }
 static void stays(struct sy_gateway *g, struct taken t) {
   for (uint32_t i = 0; t.run.flag == SY_FF_SWAPPING && i < t.run.n; i++)

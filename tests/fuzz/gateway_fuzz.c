@@ -438,7 +438,9 @@ static DULL void tables_are_sound(void) {
   for (uint32_t f = 0; f < FRAMES; f++) marked += (G->frames[f].flags & SY_FF_SWAPPING) != 0;
   MUST(marked == G->swapping, "%lu frames on their way are counted, %lu are marked", G->swapping, marked);
   for (uint32_t i = 0; i < G->nas; i++) {
-    uint64_t mapped = 0, slots = 0;
+    uint64_t mapped = 0, slots = 0, leaving = 0;
+    for (uint32_t f = 0; f < FRAMES; f++) leaving += G->frames[f].flags & SY_FF_SWAPPING && G->frames[f].asid == G->as[i]->asid;
+    MUST(leaving == G->as[i]->leaving, "address space %u counts %lu frames on their way, %lu are", G->as[i]->asid, G->as[i]->leaving, leaving);
     for (uint32_t s = 0; s < G->hdr->slots; s++) slots += G->slot[s].asid == G->as[i]->asid;
     MUST(slots == G->as[i]->swapped, "address space %u counts %lu slots, %lu are", G->as[i]->asid, G->as[i]->swapped, slots);
     for (uint32_t f = G->as[i]->list; f != NONE; f = G->fnext[f]) mapped += G->frames[f].state == SY_FRAME_MAPPED;
@@ -496,7 +498,7 @@ static void bury_all(void) {
   G->npend = 0, honest->outstanding = 0;
   for (uint32_t k = 0; k < 16; k++) G->frames[honest_pfn + k].flags = 0;
   G->swapping = 0, memset(G->swapping_on, 0, sizeof G->swapping_on), G->store_tail = G->store_head;
-  honest->evict_tail = honest->evict_sent = honest->evict_done;
+  honest->evict_tail = honest->evict_sent = honest->evict_done, honest->leaving = 0;
   MUST(!G->hdr->pool_frames, "%u frames of the pool leaked", G->hdr->pool_frames);
   MUST(!G->hdr->slots_used, "%u slots leaked", G->hdr->slots_used);
   for (int o = 0; o <= SY_MAX_ORDER; o++)
