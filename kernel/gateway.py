@@ -45,7 +45,8 @@ BATCH = 512  # events in one message: more is hardly faster, and this bounds wha
 RELAY = 256  # batches carried before requests have their turn; together what the C half's ring can hold
 # Seconds between two relays: each costs the same, however many events it carries. The first after a pause goes at once.
 GATHER = 0.01
-GATHER_URGENT = 0.001  # … when among them is what a program will soon want
+GATHER_URGENT = 0.001  # … when among them is what a program will soon want, and the last one carried more than …
+FEW = 8  # events
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
@@ -179,14 +180,17 @@ class Gateway:
         for readable in (event_fd, urgent_fd, wake_in.fileno(), self.router, self.zap.socket, *self._handshakes):
             poller.register(readable, zmq.POLLIN)
         look_at = relayed = 0.0
+        before_last = 0  # events published before the last relay
         try:
             while not self._stopping:
                 gathering = relayed + GATHER - time.monotonic()
                 poller.register(event_fd, 0 if gathering > 0 else zmq.POLLIN)
                 ready = dict(poller.poll(int(min(TICK, gathering) * 1000) + 1 if gathering > 0 else int(TICK * 1000)))
                 if event_fd in ready or urgent_fd in ready:
-                    if (early := relayed + GATHER_URGENT - time.monotonic()) > 0:
+                    early = relayed + GATHER_URGENT - time.monotonic()
+                    if early > 0 and self.counters["published"] > before_last + FEW:
                         time.sleep(early)
+                    before_last = self.counters["published"]
                     relayed = time.monotonic() if self._relay() else 0.0
                 if self.zap.socket in ready:
                     self.zap.answer()
