@@ -419,6 +419,7 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
   for (int i = 0; env[i]; i++)
     if (i != at && !starts(env[i], "_SYLVIE=")) env[k++] = env[i];
   env[k] = 0;
+  find_main_cpu(0);
   owner_pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
   patch_all();
 }

@@ -20,8 +20,67 @@ static uint32_t mag_pop(int me, int order) {
     STORE(ctl->in_hand[me], SY_NO_FRAME);
   }
 }
+/* Who reads faults. Every blocked reader wakes at every fault, on another CPU by an interrupt, which on a virtual machine costs more than all
+ * the rest of a wake-up; and a mapping that two CPUs have used is changed on both. So only one reads, on the CPU where the program faults.
+ * It hands that over when it will be busy for long, or has more than one fault to serve. */
+static void hand_over(int me) {
+  if (LOAD(reader) != (uint32_t)me || !LOAD(reads[!me])) return;
+  STORE(reader, !me);
+  futex_wake(&reader, 0);
+}
+/* The CPU that a thread of ours last ran on; -1: not known. */
+static int cpu_of(uint32_t tid) {
+  char path[40] = "/proc/self/task/", digits[12], stat[512];
+  int n = 0, spaces = 0, cpu = 0;
+  do digits[n++] = (char)('0' + tid % 10);
+  while (tid /= 10);
+  for (char d[2] = {0}; n; append(path, sizeof path, d)) d[0] = digits[--n];
+  append(path, sizeof path, "/stat");
+  long fd = SYS(__NR_open, path, O_RDONLY | O_CLOEXEC, 0, 0, 0), got = fd < 0 ? -1 : SYS(__NR_read, fd, stat, sizeof stat - 1, 0, 0);
+  if (fd >= 0) SYS(__NR_close, fd, 0, 0, 0, 0);
+  if (got <= 0) return -1;
+  stat[got] = 0;
+  char *at = stat + got;
+  while (at > stat && *at != ')') at--; /* (the name before it may hold anything) */
+  for (; *at && spaces < 37; at++) spaces += *at == ' ';
+  if (!*at) return -1;
+  for (; *at >= '0' && *at <= '9'; at++) cpu = cpu * 10 + *at - '0';
+  return cpu < 1024 ? cpu : -1;
+}
+static void run_on(int me, int cpu) {
+  uint64_t set[16] = {0};
+  set[cpu / 64] = 1ull << cpu % 64;
+  if (SYS(__NR_sched_setaffinity, 0, sizeof set, set, 0, 0) == 0) STORE(reader_cpu[me], cpu);
+}
+/* By the first thread itself (the one that a fork returns in is its child's first). */
+extern const ptrdiff_t __rseq_offset __attribute__((weak, visibility("default")));
+extern const unsigned int __rseq_size __attribute__((weak, visibility("default")));
+static void find_main_cpu(int other_tls) {
+  uintptr_t thread;
+  __asm__("mov %%fs:0,%0" : "=r"(thread));
+  main_cpu = !other_tls && &__rseq_size && __rseq_size ? (void *)(thread + (uintptr_t)__rseq_offset + 4) : 0;
+}
+/* Where the program faults is the reader to be: the fault thread of that CPU, or else this one goes there. A CPU that is not known without
+ * asking the kernel is asked for now and then only; and nobody moves for one fault. */
+#define NOW_AND_THEN 16
+static void follow(int me, uint32_t tid, uint32_t served) {
+  static int elsewhere[SY_SERVICE_THREADS];
+  int known = main_cpu && tid == (uint32_t)owner_pid && *main_cpu >= 0;
+  if (!known && served % NOW_AND_THEN) return;
+  int cpu = known ? *main_cpu : cpu_of(tid);
+  if (cpu < 0 || cpu == LOAD(reader_cpu[me])) {
+    elsewhere[me] = 0;
+    return;
+  }
+  if (known && ++elsewhere[me] < 2) return;
+  elsewhere[me] = 0;
+  if (cpu == LOAD(reader_cpu[!me])) hand_over(me);
+  else run_on(me, cpu);
+}
+
 /* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native. */
-static int refill(int order, uint64_t p) {
+static int refill(int me, int order, uint64_t p) {
+  hand_over(me);
   uint32_t seq = LOAD(mag->refill_seq);
   struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
   __atomic_fetch_add(&ctl->mag_empty, 1, __ATOMIC_RELAXED);
@@ -128,7 +187,7 @@ static void first_touch(int me, uint64_t p, int write) {
     for (o = order; o >= 0; o--)
       if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
     if (o >= 0) break;
-    if (refill(order, p)) {
+    if (refill(me, order, p)) {
       /* Nothing from the gateway: a bigger block than wanted serves too, the rest goes back. */
       for (o = order + 1; o <= SY_HUGE_ORDER; o++)
         if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
@@ -172,7 +231,7 @@ static void first_touch(int me, uint64_t p, int write) {
         __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
       } else {
         lock_back(p, 1);
-        nap(1000); /* try again: something may have been unmapped meanwhile */
+        hand_over(me), nap(1000); /* try again: something may have been unmapped meanwhile */
       }
     } else {
       for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0));
@@ -235,31 +294,34 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
 static uintptr_t bait; /* see end_threads */
 
 /* After a release: faults of before look again, and the one of the command thread's bait ends us. */
-static void released_fault(uint64_t at) {
+static void released_fault(int me, uint64_t at) {
   struct uffdio_zeropage z = {.range = {at, PS}};
-  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) hand_over(me), SYS(__NR_exit, 0, 0, 0, 0, 0);
   wake(PAGE(at), 1);
 }
 
 static void fault_thread(long me) {
-  uint64_t cpu = 1ull << me;
-  if (SYS(__NR_sched_getaffinity, 0, 8, &cpu, 0, 0) > 0) { /* one thread a CPU: a wake on the faulting CPU is the cheap one */
-    uint64_t may_run = cpu, mine = 0;
-    for (long i = 0, seen = 0; i < 64; i++)
-      if ((may_run >> i & 1) && seen++ == me) mine = 1ull << i;
-    if (mine) SYS(__NR_sched_setaffinity, 0, 8, &mine, 0, 0);
-  }
+  uint64_t may_run[16] = {0};
+  STORE(reader_cpu[me], -1);
+  if (SYS(__NR_sched_getaffinity, 0, sizeof may_run, may_run, 0, 0) > 0)
+    for (int i = 0, seen = 0; i < 1024; i++)
+      if ((may_run[i / 64] >> i % 64 & 1) && seen++ == me) run_on((int)me, i);
+  uint32_t served = 0;
+  STORE(reads[me], 1);
   struct uffd_msg m[4];
   for (;;) {
+    while (LOAD(reader) != me) futex_wait(&reader, !me, -1, 0);
     long r = SYS(__NR_read, fd_uffd, m, sizeof m, 0, 0);
     if (r == -EINTR || r == -EAGAIN) continue;
     if (r <= 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+    if (r > (long)sizeof *m) hand_over((int)me);
+    else if (m->event == UFFD_EVENT_PAGEFAULT) follow((int)me, m->arg.pagefault.feat.ptid, ++served);
     for (long i = 0; i * (long)sizeof *m < r; i++) {
       if (m[i].event != UFFD_EVENT_PAGEFAULT) continue;
       __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
       if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) {
-        if (LOAD(mode) == NATIVE) released_fault(m[i].arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
+        if (LOAD(mode) == NATIVE) released_fault((int)me, m[i].arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
         else fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
       }
       __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);

@@ -134,13 +134,16 @@ static long settle(void) {
   return 0;
 }
 
-static void now_forked(void) {
+static void now_forked(int other_tls) {
   owner_pid = (int)SYS(__NR_getpid, 0, 0, 0, 0, 0);
   forked_bytes = 0;
   service_threads = 0, leader_gone = left_last = 0;
   STORE(req_word, 0);
   STORE(gateway_dead, 0);
   busy[0] = busy[1] = 0;
+  reader = reads[0] = reads[1] = 0;
+  reader_cpu[0] = reader_cpu[1] = -1;
+  find_main_cpu(other_tls);
 }
 
 /* Static, as is the stack: the forking thread's own stack may lie in the arena, and every page of that is protected meanwhile. */
@@ -182,7 +185,7 @@ static long do_clone(struct fork_args *f) {
       if (f->flags & CLONE_CHILD_CLEARTID) SYS(__NR_set_tid_address, f->ctid, 0, 0, 0, 0);
     }
   }
-  now_forked();
+  now_forked((f->flags & CLONE_SETTLS) != 0);
   return 0;
 }
 

@@ -60,6 +60,7 @@ static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint
   struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b, (uint32_t)address, (uint32_t)(address >> 32)}};
   uint32_t seq = LOAD(mag->store_seq[waiter]);
   if (LOAD(gateway_dead)) return -1;
+  if (waiter < SY_SERVICE_THREADS) hand_over(waiter);
   for (long r; (r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0)) != sizeof q; nap(200))
     if (r != -EAGAIN && r != -EINTR) return STORE(gateway_dead, 1), -1;
   while (LOAD(mag->store_seq[waiter]) == seq) {
@@ -97,9 +98,9 @@ static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
     uint32_t pfn = ready_frames(me, order, got);
     if (pfn != SY_NO_FRAME || LOAD(gateway_dead)) return pfn;
-    if (!refill(order, p)) continue;
+    if (!refill(me, order, p)) continue;
     if (order) order = 0;
-    else nap(1000);
+    else hand_over(me), nap(1000);
   }
 }
 /* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
@@ -147,11 +148,11 @@ static int read_ahead(uint64_t p, uint8_t a) {
 }
 
 /* A touch of a page that was taken away and still is in its frame. Fault thread; its word is locked. */
-static void map_again(uint64_t p, word_t w, int prot) {
+static void map_again(int me, uint64_t p, word_t w, int prot) {
   uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
   if (map_frames(p, pfn, 1, prot) < 0) {
     STORE(pte[p], w);
-    nap(1000);
+    hand_over(me), nap(1000);
     return;
   }
   post(SY_MSG_PAGE_HINT, p, pfn, 1, 0, 0, 0);
@@ -178,7 +179,7 @@ static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t p
   if (ours) slots_done(p, slot, n, pfn);
   if (r < 0) { /* too many mappings: the content stays in the frames */
     for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
-    nap(1000);
+    hand_over(me), nap(1000);
   } else
     back_again(p, pfn, n, prot);
   return 0;
@@ -196,7 +197,7 @@ static void swap_in(int me, uint64_t p, int write) {
     return wake(p, 1);
   }
   if (w & SY_PTE_HASFRAME) {
-    map_again(p, w, prot);
+    map_again(me, p, w, prot);
     return wake(p, 1);
   }
   word_t flags = w & (SY_PTE_STALE | W_KPROT);
@@ -217,7 +218,7 @@ static void swap_in(int me, uint64_t p, int write) {
   }
   store_again(p + done, n - done, flags);
   /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
-  if (e > 0) nap(10000);
+  if (e > 0) hand_over(me), nap(10000);
   if (done || e > 0) wake(p, n);
 }
 
