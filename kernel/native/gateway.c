@@ -104,6 +104,7 @@ struct as {
   int pidfd;
   uint32_t evict_tail, evict_sent, evict_done; /* of mag->evict: decided (under lock); told, and carried out (server thread) */
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
+  int recycles;           /* single pages leave, and their frames stay with it: see recycle */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
@@ -756,6 +757,7 @@ static int drain_as(struct sy_gateway *g, struct as *a, int max) {
     a->tail++;
     handle(g, a, m);
   }
+  if (n && want_recycled(a)) relieve_early(g);
   uint64_t o = __atomic_load_n(&a->chan->overflow, __ATOMIC_ACQUIRE);
   if (o != a->overflow_seen) {
     a->overflow_seen = o;

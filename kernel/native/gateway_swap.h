@@ -57,6 +57,19 @@ static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
   count(g, SY_CNT_EVICTED_BY_GATEWAY, got);
   return got;
 }
+/* Frames that should leave for an address space whose pages leave one by one, and whose frames stay with it. */
+#define RECYCLED (SY_MAG_SLOTS / 4 * 3)
+static uint32_t want_recycled(struct as *a) {
+  uint32_t level = a->recycles && !a->dying ? mag_level(a, 0) : RECYCLED;
+  return level < RECYCLED / 2 ? RECYCLED - level : 0;
+}
+static void relieve_early(struct sy_gateway *g) {
+  for (uint32_t nd = 0; nd < g->nodes; nd++) {
+    if (g->reclaiming[nd] || g->hdr->watermark[nd].free >= g->hdr->watermark[nd].high) continue;
+    g->reclaiming[nd] = 1;
+    poke(g);
+  }
+}
 /* Chosen by kswapd for when memory is short (under lock). */
 static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
   struct sy_frame *f = &g->frames[pfn];
@@ -74,9 +87,10 @@ static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
 /* What stands by leaves until a node has `high` frames. Returns whether to look again soon. */
 static int relieve(struct sy_gateway *g, uint32_t nd) {
   struct sy_watermarks *m = &g->hdr->watermark[nd];
-  uint64_t going = on_the_way(g, g->swapping_on[nd]);
+  uint64_t going = on_the_way(g, g->swapping_on[nd]), want = m->high;
+  for (uint32_t i = 0; i < g->nas; i++) want += want_recycled(g->as[i]);
   g->reclaiming[nd] |= m->free < m->low;
-  while (g->reclaiming[nd] && m->standby && m->free + going < m->high) {
+  while (g->reclaiming[nd] && m->standby && m->free + going < want) {
     struct standby s = g->standby[nd][g->standby_head[nd] % STANDBY_RING];
     struct sy_frame *f = &g->frames[s.pfn];
     int same = f->barrier == s.barrier && f->flags & SY_FF_STANDBY, touched = s.aged && !(f->flags & SY_FF_AGED);
@@ -87,8 +101,8 @@ static int relieve(struct sy_gateway *g, uint32_t nd) {
     going += r == SY_R_COMPLETE;
   }
   if (m->free < m->min && !m->standby && g->hdr->component[SY_C_KSWAPD].state != 1) reclaim_some(g, m->high);
-  if (m->free + going >= m->high) g->reclaiming[nd] = 0;
-  return m->free < m->high && (m->standby || going);
+  if (m->free + going >= want) g->reclaiming[nd] = 0;
+  return g->reclaiming[nd] && (m->standby || going);
 }
 static void stays(struct sy_gateway *g, struct taken t) {
   for (uint32_t i = 0; t.run.flag == SY_FF_SWAPPING && i < t.run.n; i++)
@@ -107,8 +121,20 @@ static void evicted(struct sy_gateway *g, struct as *a, uint32_t from, uint32_t 
   pthread_cond_signal(&g->store_work);
   pthread_mutex_unlock(&g->lock);
 }
+/* A frame whose page has left goes to where the program will look for the next one, as a page freed on one of Linux's CPUs goes to that CPU's own
+ * list and not to the buddy allocator. But only single ones: of larger pieces whole blocks become. 0: it does not want any. */
+static int recycle(struct sy_gateway *g, struct as *a, uint32_t pfn) {
+  struct sy_frame *f = &g->frames[pfn];
+  if (mag_level(a, 0) >= RECYCLED) return 0;
+  stay(g, f);
+  a->mapped--, disown(g, a, pfn);
+  set_state(g, pfn, 1, SY_FRAME_ISOLATED, 0);
+  f->flags = 0;
+  zero_block(g, pfn, 1);
+  return !mag_push(g, a, pfn, 0); /* (there is room) */
+}
 /* One page, whose word is SWAPPED with HASFRAME, or was until somebody touched it. Under lock, which is dropped for the write. */
-static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64_t vpage) {
+static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64_t vpage, int single) {
   struct as *a = find_as(g, asid);
   struct sy_frame *f = &g->frames[pfn];
   uint32_t barrier = f->barrier, slot;
@@ -129,8 +155,11 @@ static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64
       count(g, SY_CNT_SWAPPED_OUT, 1);
       g->swap_progress_ns = now_ns();
       event(g, (struct sy_msg){.type = SY_MSG_PAGE_SWAPPED, .asid = asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = f->node, .arg = slot});
-      release_frames(g, a, pfn, 1);
-      event_frames(g, SY_MSG_PAGE_FREED, asid, pfn, 1, 0);
+      a->recycles = single;
+      if (!single || !recycle(g, a, pfn)) {
+        release_frames(g, a, pfn, 1);
+        event_frames(g, SY_MSG_PAGE_FREED, asid, pfn, 1, 0);
+      }
       return;
     }
     slot_free(g, slot);
@@ -142,7 +171,7 @@ static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64
 static int store_next(struct sy_gateway *g) {
   if (g->store_head == g->store_tail) return 0;
   struct taken t = g->store[g->store_tail++ % STORE_RING];
-  for (uint32_t i = 0; i < t.run.n; i++) store_page(g, t.asid, t.run.pfn + i, t.run.vpage + i);
+  for (uint32_t i = 0; i < t.run.n; i++) store_page(g, t.asid, t.run.pfn + i, t.run.vpage + i, t.run.n == 1);
   return 1;
 }
 static void *store_thread(void *arg) {
