@@ -30,6 +30,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
@@ -104,7 +105,7 @@ struct as {
   int pidfd;
   uint32_t evict_tail, evict_sent, evict_done; /* of mag->evict: decided (under lock); told, and carried out (server thread) */
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
-  int recycles;           /* single pages leave, and their frames stay with it: see recycle */
+  int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */

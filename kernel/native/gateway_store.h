@@ -93,34 +93,43 @@ int sy_gw_slabinfo(struct sy_gateway *g, struct sy_slab_info *out) {
 }
 
 /* ---------------------------------------------------------------- tiers
- * put: 0 = it has the page now and the slot says so, -1 = the next one, else an errno. get: 0 or an errno. Both for a BUSY slot, not under lock. drop: under lock. */
+ * A page that is put away passes two steps. pack, not under lock: 0 = this tier will have it, -1 = the next one, else an errno. keep, under lock: it
+ * has it now, and the slot says so; -1 = there is no room, the next one. get: 0 or an errno; for a BUSY slot, not under lock. drop: under lock. */
+struct packing {
+  uint32_t slot;
+  int tier, error;
+  const void *page;
+  uint32_t size;
+  uint8_t data[SY_PACKED_MAX];
+};
 struct tier {
-  int (*put)(struct sy_gateway *g, struct sy_stored *s, const void *page);
+  int (*pack)(struct sy_gateway *g, struct packing *k);
+  int (*keep)(struct sy_gateway *g, struct sy_stored *s, const struct packing *k);
   int (*get)(struct sy_gateway *g, const struct sy_stored *s, void *page);
   void (*drop)(struct sy_gateway *g, struct sy_stored *s);
 };
-static int zero_put(struct sy_gateway *g, struct sy_stored *s, const void *page) {
-  const uint64_t *w = page;
+static int zero_pack(struct sy_gateway *g, struct packing *k) {
+  const uint64_t *w = k->page;
   (void)g;
-  if (w[0] || memcmp(w, w + 1, PS - 8)) return -1;
-  return s->size = 0, 0;
+  return w[0] || memcmp(w, w + 1, PS - 8) ? -1 : 0;
 }
+static int zero_keep(struct sy_gateway *g, struct sy_stored *s, const struct packing *k) { return (void)g, (void)k, s->size = 0, 0; }
 static int zero_get(struct sy_gateway *g, const struct sy_stored *s, void *page) { return (void)g, (void)s, memset(page, 0, PS), 0; }
 static void zero_drop(struct sy_gateway *g, struct sy_stored *s) { (void)g, (void)s; }
 
-static int pool_put(struct sy_gateway *g, struct sy_stored *s, const void *page) {
-  char packed[SY_PACKED_MAX];
-  const uint64_t *w = page;
-  uint32_t pfn = 0, offset = 0;
+static int pool_pack(struct sy_gateway *g, struct packing *k) {
+  const uint64_t *w = k->page;
   if (!g->hdr->pool_max) return -1;
-  int same = !memcmp(w, w + 1, PS - 8), size = same ? 8 : LZ4_compress_default(page, packed, PS, SY_PACKED_MAX);
-  if (!size) return -1; /* it would hardly get smaller */
-  pthread_mutex_lock(&g->lock);
-  int r = slab_alloc(g, (uint32_t)size, &pfn, &offset);
-  if (!r) memcpy(frame_mem(g, pfn) + offset, same ? page : packed, (size_t)size);
-  pthread_mutex_unlock(&g->lock);
-  if (!r) s->size = (uint32_t)size, s->pfn = pfn, s->offset = offset;
-  return r;
+  int same = !memcmp(w, w + 1, PS - 8);
+  if (same) memcpy(k->data, w, 8);
+  k->size = same ? 8 : (uint32_t)LZ4_compress_default(k->page, (char *)k->data, PS, SY_PACKED_MAX);
+  return k->size ? 0 : -1; /* it would hardly get smaller */
+}
+static int pool_keep(struct sy_gateway *g, struct sy_stored *s, const struct packing *k) {
+  uint32_t pfn = 0, offset = 0;
+  if (slab_alloc(g, k->size, &pfn, &offset)) return -1;
+  memcpy(frame_mem(g, pfn) + offset, k->data, k->size);
+  return s->size = k->size, s->pfn = pfn, s->offset = offset, 0;
 }
 static int pool_get(struct sy_gateway *g, const struct sy_stored *s, void *page) {
   const uint8_t *at = frame_mem(g, s->pfn) + s->offset;
@@ -132,24 +141,26 @@ static int pool_get(struct sy_gateway *g, const struct sy_stored *s, void *page)
 }
 static void pool_drop(struct sy_gateway *g, struct sy_stored *s) { slab_free(g, s->pfn, s->offset); }
 
-static off_t place(const struct sy_gateway *g, const struct sy_stored *s) { return (off_t)(s - g->slot) * PS; }
-static int file_put(struct sy_gateway *g, struct sy_stored *s, const void *page) {
-  ssize_t r = pwrite(g->swap_fd, page, PS, place(g, s));
-  if (r != PS) return r < 0 ? errno : ENOSPC;
-  return s->size = PS, 0;
+static off_t place(uint64_t slot) { return (off_t)(slot * PS); }
+static int file_pack(struct sy_gateway *g, struct packing *k) {
+  ssize_t r = pwrite(g->swap_fd, k->page, PS, place(k->slot));
+  return r == PS ? 0 : r < 0 ? errno : ENOSPC;
 }
+static int file_keep(struct sy_gateway *g, struct sy_stored *s, const struct packing *k) { return (void)g, (void)k, s->size = PS, 0; }
 static int file_get(struct sy_gateway *g, const struct sy_stored *s, void *page) {
-  ssize_t r = pread(g->swap_fd, page, PS, place(g, s));
+  ssize_t r = pread(g->swap_fd, page, PS, place((uint64_t)(s - g->slot)));
   return r == PS ? 0 : r < 0 ? errno : EIO;
 }
-static const struct tier tiers[] = {{zero_put, zero_get, zero_drop}, {pool_put, pool_get, pool_drop}, {file_put, file_get, zero_drop}};
+static const struct tier tiers[] = {{zero_pack, zero_keep, zero_get, zero_drop}, {pool_pack, pool_keep, pool_get, pool_drop}, {file_pack, file_keep, file_get, zero_drop}};
+#define TIERS ((int)(sizeof tiers / sizeof *tiers))
 static const struct tier *tier_of(const struct sy_stored *s) { return &tiers[s->size == 0 ? 0 : s->size < PS ? 1 : 2]; }
 
-static int store_put(struct sy_gateway *g, uint32_t s, const void *page) {
-  int r = -1;
-  for (unsigned t = 0; r < 0 && t < sizeof tiers / sizeof *tiers; t++) r = tiers[t].put(g, &g->slot[s], page);
-  return r;
+/* From tier k->tier on, the first that will have the page; or k->error. */
+static void pack(struct sy_gateway *g, struct packing *k) {
+  for (k->error = -1; k->error < 0 && k->tier < TIERS; k->tier += k->error < 0) k->error = tiers[k->tier].pack(g, k);
+  if (k->error < 0) k->error = ENOSPC;
 }
+static int keep(struct sy_gateway *g, struct packing *k) { return tiers[k->tier].keep(g, &g->slot[k->slot], k); }
 static int store_get(struct sy_gateway *g, uint32_t s, void *page) { return tier_of(&g->slot[s])->get(g, &g->slot[s], page); }
 
 /* ---------------------------------------------------------------- slots (under lock) */

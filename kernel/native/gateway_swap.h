@@ -57,10 +57,11 @@ static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
   count(g, SY_CNT_EVICTED_BY_GATEWAY, got);
   return got;
 }
-/* Frames that should leave for an address space whose pages leave one by one, and whose frames stay with it. */
+/* Frames that should leave for an address space that uses again those which its own pages leave: see recycle. */
 #define RECYCLED (SY_MAG_SLOTS / 4 * 3)
 static uint32_t want_recycled(struct as *a) {
-  uint32_t level = a->recycles && !a->dying ? mag_level(a, 0) : RECYCLED;
+  int order = a->recycles - 1;
+  uint32_t level = order >= 0 && !a->dying ? mag_level(a, order) << order : RECYCLED;
   return level < RECYCLED / 2 ? RECYCLED - level : 0;
 }
 static void relieve_early(struct sy_gateway *g) {
@@ -121,61 +122,106 @@ static void evicted(struct sy_gateway *g, struct as *a, uint32_t from, uint32_t 
   pthread_cond_signal(&g->store_work);
   pthread_mutex_unlock(&g->lock);
 }
-/* A frame whose page has left goes to where the program will look for the next one, as a page freed on one of Linux's CPUs goes to that CPU's own
- * list and not to the buddy allocator. But only single ones: of larger pieces whole blocks become. 0: it does not want any. */
-static int recycle(struct sy_gateway *g, struct as *a, uint32_t pfn) {
-  struct sy_frame *f = &g->frames[pfn];
-  if (mag_level(a, 0) >= RECYCLED) return 0;
-  stay(g, f);
-  a->mapped--, disown(g, a, pfn);
-  set_state(g, pfn, 1, SY_FRAME_ISOLATED, 0);
-  f->flags = 0;
-  zero_block(g, pfn, 1);
-  return !mag_push(g, a, pfn, 0); /* (there is room) */
-}
-/* One page, whose word is SWAPPED with HASFRAME, or was until somebody touched it. Under lock, which is dropped for the write. */
-static void store_page(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint64_t vpage, int single) {
+/* Frames whose pages have left, ISOLATED and nobody's, go to where the program will look for the next ones, as a page freed on one of Linux's CPUs goes
+ * to that CPU's own list and not to the buddy allocator: single ones, and whole blocks of a read-ahead. What lies between is FREE, for buddy
+ * to merge, and so is what the program does not want. */
+#define RECYCLE_AT_ONCE 32u
+static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t n) {
   struct as *a = find_as(g, asid);
-  struct sy_frame *f = &g->frames[pfn];
-  uint32_t barrier = f->barrier, slot;
-  if (!a || f->asid != asid || f->state != SY_FRAME_MAPPED || f->vpage != vpage || !(f->flags & SY_FF_SWAPPING)) return; /* it has gone by itself */
-  uint64_t w = __atomic_load_n(&a->pte[vpage], __ATOMIC_ACQUIRE), in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
-  int there = (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && w >> SY_PTE_PFN_SHIFT == pfn;
-  int error = 0;
-  if (there && !a->dying && (slot = slot_take(g)) != NONE) {
-    pthread_mutex_unlock(&g->lock);
-    error = store_put(g, slot, frame_mem(g, pfn));
-    pthread_mutex_lock(&g->lock);
-    a = find_as(g, asid);
-    uint64_t to = (w & ((1 << SY_PTE_PFN_SHIFT) - 1) & ~(uint64_t)SY_PTE_HASFRAME) | (uint64_t)slot << SY_PTE_PFN_SHIFT;
-    /* Not since our look: a frame that went and came back has another barrier, one that was only touched another word. */
-    if (!error && a && !a->dying && f->barrier == barrier && __atomic_compare_exchange_n(&a->pte[vpage], &w, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-      g->slot[slot].asid = asid, g->slot[slot].vpage = (uint32_t)vpage, g->slot[slot].out = g->swapped_out++;
-      a->swapped++;
-      count(g, SY_CNT_SWAPPED_OUT, 1);
-      g->swap_progress_ns = now_ns();
-      event(g, (struct sy_msg){.type = SY_MSG_PAGE_SWAPPED, .asid = asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = f->node, .arg = slot});
-      a->recycles = single;
-      if (!single || !recycle(g, a, pfn)) {
-        release_frames(g, a, pfn, 1);
-        event_frames(g, SY_MSG_PAGE_FREED, asid, pfn, 1, 0);
-      }
-      return;
+  for (uint32_t size; n; pfn += size, n -= size) {
+    int order = 31 - __builtin_clz(n), aligned = pfn ? __builtin_ctz(pfn) : SY_HUGE_ORDER;
+    if (order > aligned) order = aligned;
+    if (order > SY_HUGE_ORDER) order = SY_HUGE_ORDER;
+    size = 1u << order;
+    if (a && !a->dying && !a->released && (n == 1 || size == RECYCLE_AT_ONCE) && mag_level(a, order) << order < RECYCLED) {
+      a->recycles = order + 1;
+      zero_block(g, pfn, size);
+      mag_push(g, a, pfn, order); /* (there is room) */
+    } else {
+      make_free(g, pfn, size, 0);
+      event_frames(g, SY_MSG_PAGE_FREED, asid, pfn, size, 0);
     }
-    slot_free(g, slot);
   }
-  count(g, error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
-  if (f->barrier == barrier) stay(g, f);
+  for (uint32_t i = 0; i < g->nas; i++)
+    if (__atomic_load_n(&g->as[i]->starving, __ATOMIC_RELAXED)) return poke(g);
 }
-/* The next run of those taken away, under lock. 0: there is none. */
+/* One page on its way out: its word is SWAPPED with HASFRAME, or was until somebody touched it. */
+struct going { uint32_t asid, pfn, vpage, barrier; uint64_t word; int gone, packed; struct packing k; };
+#define AT_ONCE 32 /* pages: between them others get the lock */
+
+/* Is it to be written still? It has a slot then. 0: it is not, or has gone by itself (under lock). */
+static int to_store(struct sy_gateway *g, struct going *p) {
+  struct as *a = find_as(g, p->asid);
+  struct sy_frame *f = &g->frames[p->pfn];
+  if (!a || f->asid != p->asid || f->state != SY_FRAME_MAPPED || f->vpage != p->vpage || !(f->flags & SY_FF_SWAPPING)) return 0;
+  uint64_t in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
+  p->barrier = f->barrier, p->word = __atomic_load_n(&a->pte[p->vpage], __ATOMIC_ACQUIRE);
+  int there = (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
+  uint32_t slot = there && !a->dying ? slot_take(g) : NONE;
+  p->k.slot = slot, p->k.tier = 0, p->k.page = frame_mem(g, p->pfn);
+  if (slot != NONE) return 1;
+  count(g, SY_CNT_SWAP_CANCELLED, 1);
+  return stay(g, f), 0;
+}
+/* What has been written belongs to the word now, and the frame, ISOLATED, to nobody; unless the page was touched meanwhile, or could not be
+ * written (under lock). */
+static int stored(struct sy_gateway *g, struct going *p) {
+  struct as *a = find_as(g, p->asid);
+  struct sy_frame *f = &g->frames[p->pfn];
+  uint64_t to = (p->word & ((1 << SY_PTE_PFN_SHIFT) - 1) & ~(uint64_t)SY_PTE_HASFRAME) | (uint64_t)p->k.slot << SY_PTE_PFN_SHIFT;
+  struct sy_stored *s = &g->slot[p->k.slot];
+  /* Not since our look: a frame that went and came back has another barrier, one that was only touched another word. */
+  if (!p->k.error && a && !a->dying && f->barrier == p->barrier && __atomic_compare_exchange_n(&a->pte[p->vpage], &p->word, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    s->asid = p->asid, s->vpage = p->vpage, s->out = g->swapped_out++;
+    stay(g, f);
+    a->swapped++, a->mapped--, disown(g, a, p->pfn);
+    f->asid = 0, f->vpage = 0, f->refcount = 0, f->flags = 0;
+    set_state(g, p->pfn, 1, SY_FRAME_ISOLATED, 0);
+    return 1;
+  }
+  slot_free(g, p->k.slot);
+  count(g, p->k.error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
+  if (f->barrier == p->barrier) stay(g, f);
+  return 0;
+}
+/* The next pages of those taken away, under lock, which is dropped for the writing. 0: there are none. */
 static int store_next(struct sy_gateway *g) {
-  if (g->store_head == g->store_tail) return 0;
-  struct taken t = g->store[g->store_tail++ % STORE_RING];
-  for (uint32_t i = 0; i < t.run.n; i++) store_page(g, t.asid, t.run.pfn + i, t.run.vpage + i, t.run.n == 1);
+  static struct going p[AT_ONCE]; /* (the store thread's) */
+  uint32_t n = 0, left = 0;
+  for (; n < AT_ONCE && g->store_head != g->store_tail;) {
+    struct taken *t = &g->store[g->store_tail % STORE_RING];
+    if (n && t->run.n >= RECYCLE_AT_ONCE && t->run.pfn % RECYCLE_AT_ONCE == 0) break; /* a whole block in one go */
+    p[n].asid = t->asid, p[n].pfn = t->run.pfn, p[n].vpage = t->run.vpage;
+    n += (uint32_t)to_store(g, &p[n]);
+    if (--t->run.n) t->run.pfn++, t->run.vpage++;
+    else g->store_tail++;
+  }
+  if (!n) return g->store_head != g->store_tail;
+  for (uint32_t i = 0; i < n; i++) p[i].packed = p[i].gone = 0;
+  for (uint32_t some = n; some;) { /* once more for those that a tier has no room for after all */
+    pthread_mutex_unlock(&g->lock);
+    for (uint32_t i = 0; i < n; i++)
+      if (!p[i].packed) pack(g, &p[i].k);
+    pthread_mutex_lock(&g->lock);
+    some = 0;
+    for (uint32_t i = 0; i < n; i++)
+      if (!p[i].packed && !(p[i].packed = p[i].k.error || !keep(g, &p[i].k))) some++, p[i].k.tier++;
+  }
+  for (uint32_t i = 0; i < n; i++) left += (uint32_t)(p[i].gone = stored(g, &p[i]));
+  count(g, SY_CNT_SWAPPED_OUT, left);
+  if (left) g->swap_progress_ns = now_ns();
+  for (uint32_t i = 0, k; i < n; i += k) {
+    k = 1;
+    if (!p[i].gone) continue;
+    while (i + k < n && p[i + k].gone && p[i + k].asid == p[i].asid && p[i + k].pfn == p[i].pfn + k && p[i + k].vpage == p[i].vpage + k && p[i + k].k.slot == p[i].k.slot + k) k++;
+    event(g, (struct sy_msg){.type = SY_MSG_PAGE_SWAPPED, .asid = p[i].asid, .pfn = p[i].pfn, .vpage = p[i].vpage, .npages = k, .node = g->frames[p[i].pfn].node, .arg = p[i].k.slot});
+    recycle(g, p[i].asid, p[i].pfn, k);
+  }
   return 1;
 }
 static void *store_thread(void *arg) {
   struct sy_gateway *g = arg;
+  setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), -10); /* who is out of frames waits for us, whoever else wants the CPU */
   pthread_mutex_lock(&g->lock);
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE))
     if (!store_next(g)) pthread_cond_wait(&g->store_work, &g->lock);

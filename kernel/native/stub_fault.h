@@ -23,6 +23,7 @@ static uint32_t mag_pop(int me, int order) {
 /* Who reads faults. Every blocked reader wakes at every fault, on another CPU by an interrupt, which on a virtual machine costs more than all
  * the rest of a wake-up; and a mapping that two CPUs have used is changed on both. So only one reads, on the CPU where the program faults.
  * It hands that over when it will be busy for long, or has more than one fault to serve. */
+#define SOON 1 /* ms: the gateway answers within that, as a rule */
 static void hand_over(int me) {
   if (LOAD(reader) != (uint32_t)me || !LOAD(reads[!me])) return;
   STORE(reader, !me);
@@ -80,7 +81,6 @@ static void follow(int me, uint32_t tid, uint32_t served) {
 
 /* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native. */
 static int refill(int me, int order, uint64_t p) {
-  hand_over(me);
   uint32_t seq = LOAD(mag->refill_seq);
   struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
   __atomic_fetch_add(&ctl->mag_empty, 1, __ATOMIC_RELAXED);
@@ -95,7 +95,9 @@ static int refill(int me, int order, uint64_t p) {
     }
     nap(200);
   }
+  futex_wait((void *)&mag->refill_seq, seq, SOON, 1);
   while (LOAD(mag->refill_seq) == seq) {
+    hand_over(me);
     futex_wait((void *)&mag->refill_seq, seq, 50, 1);
     char b;
     if (LOAD(mag->refill_seq) == seq && SYS(__NR_recvfrom, fd_sock, &b, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) { /* hung up */

@@ -60,10 +60,11 @@ static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint
   struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b, (uint32_t)address, (uint32_t)(address >> 32)}};
   uint32_t seq = LOAD(mag->store_seq[waiter]);
   if (LOAD(gateway_dead)) return -1;
-  if (waiter < SY_SERVICE_THREADS) hand_over(waiter);
   for (long r; (r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0)) != sizeof q; nap(200))
     if (r != -EAGAIN && r != -EINTR) return STORE(gateway_dead, 1), -1;
+  futex_wait((void *)&mag->store_seq[waiter], seq, SOON, 1);
   while (LOAD(mag->store_seq[waiter]) == seq) {
+    if (waiter < SY_SERVICE_THREADS) hand_over(waiter);
     futex_wait((void *)&mag->store_seq[waiter], seq, 50, 1);
     char b1;
     if (LOAD(mag->store_seq[waiter]) == seq && SYS(__NR_recvfrom, fd_sock, &b1, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) return STORE(gateway_dead, 1), -1;
