@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.progress import track
 
 from bus.client import Control
+from kernel import host
 from sylvie.life import implementations
 from sylvie.replay import NOT_BY_DEFAULT
 
@@ -41,6 +42,8 @@ class NoBaseline(Exception):
 def native_limit() -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
     """zram swap and a memory cgroup (v1), both gone afterwards. Gives what a child does before exec, and a count of major faults so far."""
     with contextlib.ExitStack() as undo:
+        host.acquire("the native side")  # the same settings for both
+        undo.callback(host.release, "the native side")
         group = Path("/sys/fs/cgroup/memory/sylvie-bench")
         free = [d for d in Path("/sys/block").glob("zram*") if (d / "disksize").read_text().strip() == "0"]
         if not free or not group.parent.is_dir():

@@ -137,6 +137,17 @@ def findings() -> list[Finding]:
     )
     maps = _read("/proc/sys/vm/max_map_count")
     out.append(Finding("vm.max_map_count", True, f"{maps} (raised to 2,000,000 while an enclave is up)"))
+    poll = _read("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
+    governor = _read("/sys/devices/system/cpu/cpuidle/current_governor")
+    in_use = poll is not None and governor == "haltpoll"
+    out.append(
+        Finding(
+            "guest_halt_poll_ns",
+            True if in_use else None,
+            f"{poll} (raised to 200,000 while an enclave is up)" if in_use else "not in use",
+            "" if in_use else "on a virtual machine, waking a CPU is dearer without it (cpuidle governor haltpoll)",
+        )
+    )
     memory = psutil.virtual_memory()
     out.append(Finding("memory", True, f"{memory.total >> 20} MiB, {memory.available >> 20} MiB available"))
     out.append(Finding("CPUs", True, str(os.cpu_count())))

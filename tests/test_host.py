@@ -15,7 +15,7 @@ import pytest
 
 from kernel.host import SETTINGS, Host, Setting
 
-MAPS, SHMEM = (s.path for s in SETTINGS)
+MAPS, SHMEM = (s.path for s in SETTINGS[:2])
 BRACKETS = "always within_size advise [never] deny force"
 
 
