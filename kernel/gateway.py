@@ -482,6 +482,14 @@ class Gateway:
                 | {name: getattr(header.watermark[node], name) for name in ("min", "low", "high", "free", "standby")}
                 for node, (base, size) in enumerate(self.tables.nodes)
             ],
+            "limits": [
+                {"zone": zone, "frames": limit.frames, "members": limit.members, "used": limit.frames - mark.free}
+                | {name: getattr(mark, name) for name in ("min", "low", "high", "free", "standby")}
+                for k in range(lib.SY_MAX_LIMITS)
+                for limit, zone in [(header.limit[k], lib.SY_MAX_NODES + k)]
+                for mark in [header.watermark[zone]]
+                if limit.members
+            ],
             "swap": {
                 "slots": header.slots, "used": header.slots_used,
                 "pool_frames": header.pool_frames, "pool_max": header.pool_max,
@@ -530,15 +538,20 @@ class Gateway:
             raise BusError(f"fault order {order} up to {largest} for address space {asid}: {os.strerror(-status)}")
         return {}
 
+    def _zones(self) -> dict[int, int]:
+        """Frames of each zone in use."""
+        limits = ((lib.SY_MAX_NODES + k, self.tables.header.limit[k].frames) for k in range(lib.SY_MAX_LIMITS))
+        return {node: size for node, (_, size) in enumerate(self.tables.nodes)} | {z: n for z, n in limits if n}
+
     def request_watermarks(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
-        """Sets a node's watermarks, in frames: ``node``, ``min``, ``low``, ``high``."""
+        """Sets the watermarks of a zone (a node, or a limit in use), in frames: ``node``, ``min``, ``low``, ``high``."""
         node, least, low, high = (_u32(header, name) for name in ("node", "min", "low", "high"))
         if lib.sy_gw_set_watermarks(self.gw, node, least, low, high) < 0:
-            if node >= len(self.tables.nodes):
-                raise BusError(f"there is no node {node}: nodes are 0 to {len(self.tables.nodes) - 1}")
+            sizes = self._zones()
+            if node not in sizes:
+                raise BusError(f"there is no node {node}: there are {', '.join(map(str, sizes))}")
             raise BusError(
-                f"watermarks {least}, {low}, {high} of node {node}: they ascend, "
-                f"up to half of its {self.tables.nodes[node][1]} frames"
+                f"watermarks {least}, {low}, {high} of node {node}: they ascend, up to half of its {sizes[node]} frames"
             )
         return {}
 

@@ -129,18 +129,25 @@ def down(ctx: click.Context, run_dir: str | None) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--limit", metavar="SIZE", help="Frames that it and all it starts may have together, as 128M; the rest is swapped.")
 @run_dir_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, run_dir: str | None, command: tuple[str, ...]) -> None:
+def run(ctx: click.Context, run_dir: str | None, limit: str | None, command: tuple[str, ...]) -> None:
     """Run a program on the enclave's memory: same input, output, status, signals, directory and environment.
 
     \b
     Example: sylvie run -- redis-server --port 7000
+             sylvie run --limit 128M -- sort huge.txt
     """
     from sylvie import launch
 
-    launch.run(chosen(ctx, run_dir), list(command))
+    frames = None
+    if limit is not None:
+        from sylvie.life import bytes_of
+
+        frames = bytes_of(limit) >> 12
+    launch.run(chosen(ctx, run_dir), list(command), frames)
 
 
 @cli.command()
@@ -175,12 +182,12 @@ def buddyinfo(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
 
 @cli.command()
 @click.argument("marks", nargs=-1, type=click.IntRange(0), metavar="[MIN LOW HIGH]")
-@click.option("--node", default=0, show_default=True, type=click.IntRange(0), help="Whose watermarks to set.")
+@click.option("--node", default=0, show_default=True, type=click.IntRange(0), help="Whose watermarks to set: a node, or the number of a limit.")
 @json_option
 @run_dir_option
 @click.pass_context
 def watermarks(ctx: click.Context, marks: tuple[int, ...], node: int, as_json: bool, run_dir: str | None) -> None:
-    """Show every node's watermarks, in frames of 4 KiB; or set those of one.
+    """Show every node's and limit's watermarks, in frames of 4 KiB; or set those of one.
 
     Below LOW pages leave until HIGH frames are free; below MIN the gateway reclaims by itself if kswapd is not there.
 

@@ -47,8 +47,16 @@ def why_native(program: Path, depth: int = 0) -> str | None:
     return "is statically linked"
 
 
-def run(run_dir: Path, command: list[str]) -> NoReturn:
-    """Replaces this process by ``command``, managed. Exit status 125: Sylvie cannot; 126, 127: as a shell says."""
+LEAST_LIMIT = 1024  # SY_LEAST_LIMIT
+
+
+def run(run_dir: Path, command: list[str], limit: int | None = None) -> NoReturn:
+    """Replaces this process by ``command``, managed. Exit status 125: Sylvie cannot; 126, 127: as a shell says.
+
+    :param limit: frames that it and all it starts may have together
+    """
+    if limit is not None and not LEAST_LIMIT <= limit < 1 << 32:
+        fail("--limit: give a size of at least 4M, such as 128M or 4G", 125)
     if command and command[0] == "--":
         command = command[1:]
     program = command[0] if "/" in command[0] else shutil.which(command[0])
@@ -64,10 +72,14 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
             fail(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`", 125)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; the program must not inherit that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    if limit and (reason := why_native(Path(program))):
+        fail(f"{command[0]} {reason}: it would run natively, and --limit bounds managed memory only", 125)
     if reason := why_native(Path(program)):
         print(f"sylvie: {command[0]} {reason}: it runs natively", file=sys.stderr, flush=True)
         os.execve(program, command, environment())
     if os.geteuid() not in (0, *users(run_dir)):
+        if limit:
+            fail(f"this enclave is not for user {os.geteuid()} (sylvie up --user): nothing to limit", 125)
         print(
             f"sylvie: this enclave is not for user {os.geteuid()} (sylvie up --user): {command[0]} runs natively",
             file=sys.stderr,
@@ -80,7 +92,7 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
     os.execve(
         launcher,
-        [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command],
+        [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), *(["--limit", str(limit)] if limit else []), "--", *command],
         environment(),
     )
 

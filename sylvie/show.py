@@ -62,6 +62,10 @@ def status(run_dir: Path, as_json: bool) -> None:
             f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}; "
             f"compressed pages take {size(s['swap']['pool_frames'])} of {size(s['swap']['pool_max'])}"
         )
+    for limit in s["limits"]:
+        out.print(
+            f"[bold]limit {limit['zone']}[/] {size(limit['used'])} of {size(limit['frames'])}, {limit['members']} programs"
+        )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
     t = Table(
         "asid",
@@ -92,20 +96,22 @@ def buddyinfo(run_dir: Path, as_json: bool) -> None:
 
 
 def watermarks(run_dir: Path, node: int, marks: tuple[int, ...], as_json: bool) -> None:
-    """Each node's watermarks, after setting one's if ``marks`` are given."""
+    """Each node's and limit's watermarks, after setting one's if ``marks`` are given."""
     if marks:
         least, low, high = marks
         control(run_dir, {"t": "watermarks", "node": node, "min": least, "low": low, "high": high})
-    nodes = control(run_dir, {"t": "status"})["nodes"]
+    answer = control(run_dir, {"t": "status"})
+    zones = [{"zone": i} | n for i, n in enumerate(answer["nodes"])] + answer["limits"]
     if as_json:
-        print(json.dumps(nodes))
+        print(json.dumps(zones))
         return
     from rich.console import Console
     from rich.table import Table
 
-    t = Table("node", "frames", "min", "low", "high", "free", "standing by", box=None)
-    for i, n in enumerate(nodes):
-        t.add_row(str(i), *(str(n[k]) for k in ("frames", "min", "low", "high", "free", "standby")))
+    t = Table("zone", "frames", "min", "low", "high", "free", "standing by", box=None)
+    for n in zones:
+        name = f"node {n['zone']}" if "members" not in n else f"limit {n['zone']}"
+        t.add_row(name, *(str(n[k]) for k in ("frames", "min", "low", "high", "free", "standby")))
     Console().print(t)
 
 

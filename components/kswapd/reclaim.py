@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kernel.abi import lib
 
 MAPPED = FRAME_STATES["mapped"]
 TAKEN = lib.SY_FF_SWAPPING | lib.SY_FF_STANDBY
+NOTHING = np.zeros(0, np.int64)
 BATCH = 4096  # frames chosen in one step, at most
 LARGEST = 1 << 15  # frames that stand by, at most: the gateway's ring
 
@@ -30,7 +32,7 @@ class ReclaimPolicy(BasePolicy):
         self.stamp: NDArray[np.int64] = np.arange(len(self.frames), dtype=np.int64) - len(self.frames)
         self.clock = 0
         self.returned: NDArray[np.int64] = np.full(len(self.frames), -1, np.int64)
-        self.ahead = [2 * int(self.header.watermark[node].high) for node in range(len(self.nodes))]
+        self.ahead: dict[int, int] = {}  # by zone
         self.chosen = self.refaults = self.refused = 0
 
     gather = 0.01  # what stands by lasts longer
@@ -64,14 +66,32 @@ class ReclaimPolicy(BasePolicy):
         ``short``: the node is at its min watermark; better a frame that may be in use than none."""
         raise NotImplementedError
 
-    def wanted(self, node: int) -> int:
-        """Frames to choose on a node now."""
-        mark = self.header.watermark[node]
-        if mark.free >= 2 * mark.high or mark.standby > self.ahead[node] // 2:
+    def zones(self) -> Iterator[tuple[int, int]]:
+        """Zones in use, and how many frames each has: nodes, then limits (``sylvie run --limit``)."""
+        yield from ((node, size) for node, (_, size) in enumerate(self.nodes))
+        for k in range(lib.SY_MAX_LIMITS):
+            limit = self.header.limit[k]
+            if limit.members:
+                yield lib.SY_MAX_NODES + k, int(limit.frames)
+
+    def wanted(self, zone: int, size: int) -> int:
+        """Frames to choose in a zone now."""
+        mark = self.header.watermark[zone]
+        ahead = self.ahead.setdefault(zone, 2 * int(mark.high))
+        if mark.free >= 2 * mark.high or mark.standby > ahead // 2:
             return 0
         if not mark.standby and mark.free < mark.low:  # we were too late
-            self.ahead[node] = min(2 * self.ahead[node], self.nodes[node][1] // 4, LARGEST)
-        return min(self.ahead[node] - int(mark.standby), BATCH)
+            ahead = self.ahead[zone] = min(2 * ahead, size // 4, LARGEST)
+        return min(ahead - int(mark.standby), BATCH)
+
+    def reclaimable(self, zone: int) -> NDArray[np.int64]:
+        """pfns of a zone's frames that may leave, ascending."""
+        base, size = self.nodes[zone] if zone < lib.SY_MAX_NODES else (0, len(self.frames))
+        part = self.frames[base : base + size]
+        ours = (part["state"] == MAPPED) & (part["flags"] & TAKEN == 0)
+        if zone >= lib.SY_MAX_NODES:
+            ours &= part["limit"] == zone
+        return base + np.flatnonzero(ours)
 
     def asleep(self) -> bool:
         """Without a store nothing can leave."""
@@ -80,19 +100,16 @@ class ReclaimPolicy(BasePolicy):
     def step(self) -> None:
         if self.asleep():
             return
-        for node, (base, size) in enumerate(self.nodes):
-            count = self.wanted(node)
-            if count <= 0:
-                continue
-            part = self.frames[base : base + size]
-            ours = (part["state"] == MAPPED) & (part["flags"] & TAKEN == 0)
-            candidates = base + np.flatnonzero(ours)
+        for zone, size in self.zones():
+            count = self.wanted(zone, size)
+            candidates = self.reclaimable(zone) if count > 0 else NOTHING
             if not len(candidates):
                 continue
-            mark = self.header.watermark[node]
+            mark = self.header.watermark[zone]
             chosen = self.victims(candidates, count, bool(mark.free <= mark.min))
             self.chosen += len(chosen)
-            self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0, arg=lib.SY_RECLAIM_STANDBY)
+            arg = lib.SY_RECLAIM_STANDBY | zone << lib.SY_RECLAIM_ZONE_SHIFT
+            self.txn.add(lib.SY_OP_RECLAIM, np.sort(chosen), 0, arg=arg)
 
     def result(self, ops: NDArray[np.void]) -> None:
         self.refused += int(np.count_nonzero(ops["result"] != lib.SY_R_COMPLETE))

@@ -14,6 +14,10 @@
 #define SY_MAX_ORDER 10
 #define SY_HUGE_ORDER 9
 #define SY_MAX_NODES 8
+/* A zone is what has watermarks: a node (its number), or a limit on the frames of a program and all that it starts (SY_MAX_NODES and up). */
+#define SY_MAX_LIMITS 24
+#define SY_MAX_ZONES 32
+#define SY_LEAST_LIMIT 1024          /* frames */
 #define SY_NO_FRAME 0xffffffff
 
 /* The arena: the range of every managed address space that the stub keeps. */
@@ -49,7 +53,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
   SY_MSG_PAGE_COW = 206,
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
-  SY_MSG_WATERMARK = 208,     /* node; npages = frames FREE there; arg: 0 below min, 1 below low, 2 above high again */
+  SY_MSG_WATERMARK = 208,     /* node = zone; npages = frames FREE there, or left of that limit; arg: 0 below min, 1 below low, 2 above high again */
   SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
   SY_MSG_PRESSURE = 210,
   SY_MSG_HEAT_READY = 211,
@@ -110,7 +114,9 @@ struct sy_frame {
   uint32_t barrier;
   uint64_t vpage;     /* reverse map: where the owner has it */
   uint64_t phys;      /* physical page frame number of the machine, 0 = not known */
-  uint64_t reserved[4];
+  uint32_t limit;     /* the zone of its owner's limit; 0 = none */
+  uint32_t pad;
+  uint64_t reserved[3];
 };
 
 /* ---- page table words ---- */
@@ -213,6 +219,8 @@ struct sy_component { uint32_t id; uint32_t pid; uint64_t heartbeat_ns; uint32_t
 /* Frames FREE on a node: below low WATERMARK is sent, and what stands by leaves until there are high. standby: frames that kswapd has chosen
  * for that (some may have been touched since, and stay). When none is left the gateway reclaims by itself: below min if there is no kswapd, and
  * when a program waits. */
+/* A limit: frames that its members may own, GRANTED and MAPPED; 0: not in use. `free` of its zone is what is left. */
+struct sy_limit { uint32_t frames; uint32_t members; };
 struct sy_watermarks { uint32_t min; uint32_t low; uint32_t high; uint32_t free; uint32_t standby; };
 struct sy_header {
   uint32_t magic;
@@ -231,7 +239,8 @@ struct sy_header {
   uint64_t events_lost;              /* the gateway's own event ring was full */
   uint64_t counters[32];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
-  struct sy_watermarks watermark[SY_MAX_NODES];
+  struct sy_watermarks watermark[SY_MAX_ZONES];
+  struct sy_limit limit[SY_MAX_LIMITS];
   uint32_t slots;                    /* of the swap store, pages; 0 = none */
   uint32_t slots_used;
   uint32_t pool_max;                 /* frames that compressed pages may take */
@@ -271,6 +280,7 @@ enum sy_op_code {
 };
 /* RECLAIM with this as its arg: not now, but as soon as memory is short and unless it is touched before, in the order in which they were chosen. */
 #define SY_RECLAIM_STANDBY 1
+#define SY_RECLAIM_ZONE_SHIFT 32     /* of that arg: for which zone, the frame's node or its limit */
 /* ghOSt's transaction states, as results. */
 enum sy_result {
   SY_R_PENDING = 0, SY_R_COMPLETE = 1, SY_R_ABORTED = 2, SY_R_STALE = 3, SY_R_NOT_FOUND = 4, SY_R_NOT_PERMITTED = 5,
@@ -296,8 +306,9 @@ enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT 
 /* STUB: with the client's userfaultfd (no UFFDIO_API done on it: the gateway does it, EVENT_FORK needs privilege).
  * NEED_UFFD: the answer carries a descriptor of /dev/userfaultfd; the client goes on with STUB on the same socket.
  * KEEPER: with the seccomp listener and a one-page memfd (struct sy_keeper_page). COMPONENT: arg = component id. */
-struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; };
-enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3 };
+/* STUB: arg = frames of its limit, 0 for none; group names who shares it. */
+struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; uint64_t group; };
+enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3, SY_W_LIMITS = 4 /* no more of them, or a wrong one */ };
 /* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
@@ -321,6 +332,7 @@ struct sy_as_info {
   uint64_t faults; uint64_t urgent; uint64_t overflow; uint64_t bad_claims;
   uint64_t brk_pages;
   uint64_t swapped;       /* pages in the store */
+  uint32_t limit; uint32_t pad1; /* zone of its limit; 0 = none */
   uint32_t mag_level[10]; /* blocks ready, per order */
   uint32_t pad[2];
 };

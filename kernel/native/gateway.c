@@ -95,6 +95,7 @@ struct as {
   uint64_t frames, mapped, swapped /* slots */, bad_claims, urgent;
   uint32_t mag_head_seen[10];
   int ready;              /* its service threads have their priority */
+  uint32_t zone;          /* of its limit; 0 = none */
   int dying;              /* socket hung up: freed once the mm is gone */
   int orphaned;           /* see serve_orphan */
   int child;              /* see still_copied */
@@ -172,7 +173,8 @@ struct sy_gateway {
 
   struct pair pool[POOL];
   int npool;
-  uint32_t watermark_told[SY_MAX_NODES]; /* arg of the last WATERMARK */
+  uint32_t watermark_told[SY_MAX_ZONES]; /* arg of the last WATERMARK */
+  uint64_t group[SY_MAX_LIMITS]; /* who shares a limit */
   uint64_t short_ns;      /* when descriptors last ran out; 0 = never. Under lock */
 
   pthread_t server, drain, populate;
@@ -188,12 +190,12 @@ struct sy_gateway {
   struct sy_stored *slot; /* [hdr->slots]; asid 0: free */
   struct zpool *zpool;
   uint32_t slot_hint, clock_hand, swapped_out;
-  uint64_t swapping, swapping_on[SY_MAX_NODES], swap_progress_ns, asked_ns; /* frames with SY_FF_SWAPPING; when the last one left, or was asked to */
+  uint64_t swapping, swapping_on[SY_MAX_ZONES], swap_progress_ns, asked_ns; /* frames with SY_FF_SWAPPING; when the last one left, or was asked to */
   struct taken *store;    /* [STORE_RING]: to be written */
   uint32_t store_head, store_tail;
-  struct standby *standby[SY_MAX_NODES]; /* [STANDBY_RING] */
-  uint32_t standby_head[SY_MAX_NODES], standby_tail[SY_MAX_NODES];
-  int reclaiming[SY_MAX_NODES]; /* below low, and not above high since */
+  struct standby *standby[SY_MAX_ZONES]; /* [STANDBY_RING] */
+  uint32_t standby_head[SY_MAX_ZONES], standby_tail[SY_MAX_ZONES];
+  int reclaiming[SY_MAX_ZONES]; /* below low, and not above high since */
   pthread_cond_t store_work;
   pthread_t storer;
   int have_storer;
@@ -268,6 +270,17 @@ static uint8_t *frame_mem(struct sy_gateway *g, uint32_t pfn) {
   uint32_t n = g->frames[pfn].node;
   return g->ram[n] + (uint64_t)(pfn - g->node[n].base) * PS;
 }
+/* A zone has so many more frames free. */
+static void zone_free(struct sy_gateway *g, uint32_t zone, int64_t more) {
+  struct sy_watermarks *m = &g->hdr->watermark[zone];
+  m->free += (uint32_t)more;
+  uint32_t *told = &g->watermark_told[zone], mark = m->free < m->min ? 0 : m->free < m->low ? 1 : 2;
+  if (mark == 2 ? *told != 2 && m->free >= m->high : mark < *told) {
+    *told = mark;
+    event(g, (struct sy_msg){.type = SY_MSG_WATERMARK, .npages = m->free, .node = (uint16_t)zone, .arg = mark});
+    if (mark < 2 && g->hdr->slots) poke(g);
+  }
+}
 static void set_free_bits(struct sy_gateway *g, uint32_t pfn, uint32_t n, int on) {
   for (uint32_t i = pfn; i < pfn + n;) {
     uint32_t bit = i % 64, k = 64 - bit < pfn + n - i ? 64 - bit : pfn + n - i;
@@ -277,14 +290,7 @@ static void set_free_bits(struct sy_gateway *g, uint32_t pfn, uint32_t n, int on
     i += k;
   }
   g->nfree += on ? n : -(uint64_t)n;
-  struct sy_watermarks *m = &g->hdr->watermark[g->frames[pfn].node];
-  m->free += on ? n : -n;
-  uint32_t *told = &g->watermark_told[g->frames[pfn].node], mark = m->free < m->min ? 0 : m->free < m->low ? 1 : 2;
-  if (mark == 2 ? *told != 2 && m->free >= m->high : mark < *told) {
-    *told = mark;
-    event(g, (struct sy_msg){.type = SY_MSG_WATERMARK, .npages = m->free, .node = g->frames[pfn].node, .arg = mark});
-    if (mark < 2 && g->hdr->slots) poke(g);
-  }
+  zone_free(g, g->frames[pfn].node, on ? (int64_t)n : -(int64_t)n);
 }
 static int all_free(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
   for (uint32_t i = pfn; i < pfn + n;) {
@@ -310,11 +316,15 @@ static void isolate(struct sy_gateway *g, uint32_t pfn, int order) {
 }
 /* A frame is to leave for the store, or does not after all. */
 static struct as *find_as(struct sy_gateway *g, uint32_t asid);
-static void leave(struct sy_gateway *g, struct as *a, struct sy_frame *f) { f->flags |= SY_FF_SWAPPING, g->swapping++, g->swapping_on[f->node]++, a->leaving++; }
+static void leave(struct sy_gateway *g, struct as *a, struct sy_frame *f) {
+  f->flags |= SY_FF_SWAPPING, g->swapping++, g->swapping_on[f->node]++, a->leaving++;
+  if (f->limit) g->swapping_on[f->limit]++;
+}
 static void stay(struct sy_gateway *g, struct sy_frame *f) {
   if (!(f->flags & SY_FF_SWAPPING)) return;
   struct as *a = find_as(g, f->asid);
   f->flags &= (uint8_t)~SY_FF_SWAPPING, g->swapping--, g->swapping_on[f->node]--;
+  if (f->limit) g->swapping_on[f->limit]--;
   if (a) a->leaving--;
 }
 /* any state of ours -> FREE. The caller has unlinked it from its owner. */
@@ -345,17 +355,22 @@ static void zero_block(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
 static void own(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n) {
   for (uint32_t i = pfn + n; i-- > pfn;) { /* ascending in the list */
     g->fnext[i] = a->list, g->fprev[i] = NONE;
+    g->frames[i].limit = a->zone;
     if (a->list != NONE) g->fprev[a->list] = i;
     a->list = i;
   }
   a->frames += n;
+  if (a->zone) zone_free(g, a->zone, -(int64_t)n);
 }
 static void disown(struct sy_gateway *g, struct as *a, uint32_t pfn) {
+  stay(g, &g->frames[pfn]);
   uint32_t nx = g->fnext[pfn], pv = g->fprev[pfn];
   if (pv != NONE) g->fnext[pv] = nx;
   else a->list = nx;
   if (nx != NONE) g->fprev[nx] = pv;
   a->frames--;
+  g->frames[pfn].limit = 0;
+  if (a->zone) zone_free(g, a->zone, 1);
 }
 
 /* Our own allocator, for when no component has prepared anything: first fit over the bitmap, next-fit hint. ISOLATED, or NONE. */
@@ -429,10 +444,19 @@ static uint32_t mag_level(struct as *a, int order) {
   a->mag_head_seen[order] = head;
   return tail - head;
 }
-/* ISOLATED and zero -> GRANTED, in the magazine. 0, or -1: ring full. */
+/* May it have a block of that order? Of a limit, no more than a part lies ready. */
+#define READY_PART 16
+static int has_room(struct sy_gateway *g, struct as *a, int order) {
+  if (mag_level(a, order) >= SY_MAG_SLOTS) return 0;
+  if (!a->zone) return 1;
+  uint32_t ready = 1u << order, most = g->hdr->limit[a->zone - SY_MAX_NODES].frames / READY_PART;
+  for (int o = 0; o < 10; o++) ready += mag_level(a, o) << o;
+  return g->hdr->watermark[a->zone].free >= 1u << order && ready <= (most < 256 ? 256 : most);
+}
+/* ISOLATED and zero -> GRANTED, in the magazine. 0, or -1: there is no room. */
 static int mag_push(struct sy_gateway *g, struct as *a, uint32_t pfn, int order) {
   struct sy_mag_ring *r = &a->mag->ring[order];
-  if (mag_level(a, order) >= SY_MAG_SLOTS) return -1;
+  if (!has_room(g, a, order)) return -1;
   for (uint32_t i = pfn; i < pfn + (1u << order); i++) {
     struct sy_frame *f = &g->frames[i];
     f->asid = a->asid, f->flags = 0, f->refcount = 0, f->vpage = 0;
@@ -447,6 +471,8 @@ static int mag_push(struct sy_gateway *g, struct as *a, uint32_t pfn, int order)
 /* One block of at most that order from reserve or first fit, zeroed, into the magazine. Returns pages given, 0 = nothing left. Drops the lock
  * while it zeroes. */
 static uint32_t give(struct sy_gateway *g, struct as *a, int order) {
+  while (order && !has_room(g, a, order)) order--;
+  if (!has_room(g, a, order)) return 0;
   uint32_t pfn = reserve_pop(g, order);
   while (pfn == NONE) {
     pfn = first_fit(g, order);
@@ -538,11 +564,30 @@ static void free_as_memory(struct as *a) {
   free(a);
 }
 
-static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd) {
+/* The zone of a limit that such a group shares; a new one in place of one that nobody is in. 0: there are no more (under lock). */
+static uint32_t limit_zone(struct sy_gateway *g, uint32_t frames, uint64_t group) {
+  int free = -1;
+  for (int i = 0; i < SY_MAX_LIMITS; i++) {
+    struct sy_limit *l = &g->hdr->limit[i];
+    if (l->frames == frames && g->group[i] == group) return (uint32_t)(SY_MAX_NODES + i);
+    if (!l->members && (free < 0 || (g->hdr->limit[free].frames && !l->frames))) free = i; /* one never used rather than one whose members may come again */
+  }
+  if (free < 0) return 0;
+  uint32_t z = (uint32_t)(SY_MAX_NODES + free);
+  if (!g->standby[z] && !(g->standby[z] = malloc(STANDBY_RING * sizeof **g->standby))) return 0;
+  g->group[free] = group, g->hdr->limit[free].frames = frames;
+  g->hdr->watermark[z] = (struct sy_watermarks){frames / 128, frames / 64, frames / 32, frames, 0};
+  g->watermark_told[z] = 2, g->reclaiming[z] = 0, g->standby_head[z] = g->standby_tail[z] = 0;
+  return z;
+}
+/* limit: frames, 0 for none. *status says why there is none. */
+static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd, uint32_t limit, uint64_t group, int *status) {
+  *status = SY_W_FULL;
   struct as *a = calloc(1, sizeof *a);
   if (!a) return NULL;
   pthread_mutex_lock(&g->lock);
-  if (g->nas == MAX_AS) {
+  if (limit && (limit < SY_LEAST_LIMIT || !(a->zone = limit_zone(g, limit, group)))) *status = SY_W_LIMITS;
+  if (g->nas == MAX_AS || *status == SY_W_LIMITS) {
     pthread_mutex_unlock(&g->lock);
     free(a);
     return NULL;
@@ -564,6 +609,7 @@ static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd) {
   a->mag->fault_order = g->hdr->default_fault_order, a->mag->fault_order_max = g->hdr->default_fault_order_max;
   for (int i = 0; i < 10; i++) a->mag->ring[i].low = g->low[i];
   g->as[g->nas++] = a;
+  if (a->zone) g->hdr->limit[a->zone - SY_MAX_NODES].members++;
   static const struct { int order, blocks; } first[] = {{0, 16}, {4, 12}};
   for (unsigned i = 0; i < sizeof first / sizeof *first; i++)
     for (int k = 0; k < first[i].blocks; k++) give(g, a, first[i].order);
@@ -604,11 +650,13 @@ static void release_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uin
   }
   make_free(g, pfn, n, 0);
 }
-/* What lies unused in everybody's magazines, back to FREE. We take as a stub does, by moving its head. Number of frames. */
-static uint64_t drain_magazines(struct sy_gateway *g) {
+/* What lies unused in the magazines of all, or of those who share a limit, back to FREE. We take as a stub does, by moving its head. Number
+ * of frames. */
+static uint64_t drain_magazines(struct sy_gateway *g, uint32_t zone) {
   uint64_t n = 0;
   for (uint32_t i = 0; i < g->nas; i++) {
     struct as *a = g->as[i];
+    if (zone && a->zone != zone) continue;
     for (int order = 0; order < 10; order++)
       for (int tries = 0; tries < 2 * SY_MAG_SLOTS && mag_level(a, order); tries++) {
         uint32_t h = a->mag_head_seen[order], pfn = a->mag->ring[order].slot[h % SY_MAG_SLOTS];
@@ -758,7 +806,7 @@ static int drain_as(struct sy_gateway *g, struct as *a, int max) {
     a->tail++;
     handle(g, a, m);
   }
-  if (n && want_recycled(a)) relieve_early(g);
+  if (n && want_recycled(a)) relieve_early(g, a);
   uint64_t o = __atomic_load_n(&a->chan->overflow, __ATOMIC_ACQUIRE);
   if (o != a->overflow_seen) {
     a->overflow_seen = o;
@@ -824,6 +872,7 @@ static void bury(struct sy_gateway *g, struct as *a) {
     pthread_mutex_lock(&g->lock);
   }
   bury_slots(g, a);
+  if (a->zone) g->hdr->limit[a->zone - SY_MAX_NODES].members--;
   for (uint32_t i = 0; i < g->nas; i++)
     if (g->as[i] == a) g->as[i] = g->as[--g->nas];
   count(g, SY_CNT_EXITED, 1);

@@ -232,10 +232,11 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     }
     struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM |
                                                           UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_THREAD_ID};
-    struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0]);
+    int status = SY_W_FULL;
+    struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0], h.arg, h.group, &status);
     if (!a) {
       count(g, SY_CNT_BAD_HELLOS, 1);
-      welcome(g, c->fd, SY_W_FULL, 0, NULL, 0);
+      welcome(g, c->fd, status, 0, NULL, 0);
       goto refuse;
     }
     int out[5 + SY_MAX_NODES] = {a->as_fd, a->mag_ro, g->header_ro, g->bell_fd, g->slots_ro};
@@ -452,15 +453,16 @@ static uint32_t refill(struct sy_gateway *g, struct as *a, int order) {
   for (uint32_t i = 0, k = 1; i < 64 && k && got < want; i++) got += k = give(g, a, order); /* smaller ones, too: the next fault would come at once */
   return got;
 }
-/* Ends the program with the most frames, as Linux's OOM killer does, unless some are on their way: RAM is still being populated, or a program
+/* Ends the program with the most frames, of all or of those who share a limit, as Linux's OOM killer does, unless some are on their way: RAM is still being populated, or a program
  * is ending (under lock). */
 #define OOM_PATIENCE_NS 5000000000ull
-static void out_of_frames(struct sy_gateway *g) {
+static void out_of_frames(struct sy_gateway *g, uint32_t limit) {
   struct as *victim = NULL;
   uint64_t now = now_ns();
   if (g->hdr->populated < g->nframes) return;
   for (uint32_t i = 0; i < g->nas; i++) {
     struct as *a = g->as[i];
+    if (limit && a->zone != limit) continue;
     if ((a->killed_ns && now < a->killed_ns + OOM_PATIENCE_NS) || (a->dying && now < a->dying_since_ns + OOM_PATIENCE_NS)) return;
     if (!a->killed_ns && !a->dying && (!victim || a->mapped > victim->mapped)) victim = a;
   }
@@ -476,20 +478,22 @@ static void feed(struct sy_gateway *g, struct as *a) {
   int order = a->starving - 1;
   uint32_t got = mag_level(a, order) >= SY_MAG_SLOTS ? 1 : refill(g, a, order); /* (buddy may have filled it since it asked) */
   for (int o = order; o >= 0 && !got; o--) got = mag_level(a, o); /* buddy was quicker */
-  if (!got && drain_magazines(g)) got = refill(g, a, order);
+  uint32_t limit = a->zone && !has_room(g, a, 0) ? a->zone : 0; /* what it is that is short */
+  if (!got && drain_magazines(g, limit)) got = refill(g, a, order);
   if (!got) {
     uint64_t now = now_ns();
     if (!a->starved_ns) count(g, SY_CNT_NO_FRAMES, 1), a->starved_ns = now;
-    reclaim_some(g, 1024);
-    if (g->swapping && (now < g->swap_progress_ns + STORE_PATIENCE_NS || now < a->starved_ns + STORE_PATIENCE_NS)) { /* some are on their way */
+    uint32_t some = limit ? g->hdr->limit[limit - SY_MAX_NODES].frames / 16 : 1024;
+    reclaim_some(g, some < 1024 ? some : 1024, limit);
+    if ((limit ? g->swapping_on[limit] : g->swapping) && (now < g->swap_progress_ns + STORE_PATIENCE_NS || now < a->starved_ns + STORE_PATIENCE_NS)) { /* some are on their way */
       pthread_mutex_unlock(&g->lock);
       return;
     }
-    if (g->hdr->oom == SY_OOM_KILL) out_of_frames(g);
+    if (g->hdr->oom == SY_OOM_KILL || limit) out_of_frames(g, limit); /* (native memory would break a limit) */
     else event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = a->asid, .npages = 1u << (a->starving - 1)});
   }
   pthread_mutex_unlock(&g->lock);
-  if (!got && g->hdr->oom == SY_OOM_KILL) return; /* again in a moment */
+  if (!got && (g->hdr->oom == SY_OOM_KILL || limit)) return; /* again in a moment */
   a->mag->no_frames = got == 0;
   a->starving = 0, a->starved_ns = 0;
   __atomic_store_n(&a->mag->refill_seq, a->mag->refill_seq + 1, __ATOMIC_SEQ_CST);
@@ -558,7 +562,8 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
 static int send_evictions(struct sy_gateway *g) {
   int again = 0;
   pthread_mutex_lock(&g->lock);
-  for (uint32_t nd = 0; g->hdr->slots && nd < g->nodes; nd++) again |= relieve(g, nd);
+  for (uint32_t z = 0; g->hdr->slots && z < SY_MAX_ZONES; z++)
+    if (z < SY_MAX_NODES ? z < g->nodes : g->hdr->limit[z - SY_MAX_NODES].members) again |= relieve(g, z);
   pthread_mutex_unlock(&g->lock);
   for (uint32_t i = 0; i < g->nas; i++) {
     struct as *a = g->as[i];
@@ -717,13 +722,14 @@ int sy_gw_set_swap(struct sy_gateway *g, const char *path, uint64_t bytes, uint3
   return make_slots(g, slots);
 }
 int sy_gw_set_watermarks(struct sy_gateway *g, uint32_t node, uint32_t min, uint32_t low, uint32_t high) {
-  if (node >= g->nodes) return -ENOENT;
-  if (min > low || low > high || high > g->node[node].frames / 2) return -EINVAL;
+  if (node >= SY_MAX_ZONES || (node < SY_MAX_NODES ? node >= g->nodes : !g->hdr->limit[node - SY_MAX_NODES].frames)) return -ENOENT;
+  uint32_t frames = node < SY_MAX_NODES ? g->node[node].frames : g->hdr->limit[node - SY_MAX_NODES].frames;
+  if (min > low || low > high || high > frames / 2) return -EINVAL;
   pthread_mutex_lock(&g->lock);
   struct sy_watermarks *m = &g->hdr->watermark[node];
   m->min = min, m->low = low, m->high = high;
   g->watermark_told[node] = 2;
-  set_free_bits(g, g->node[node].base, 0, 1); /* says where it is now */
+  zone_free(g, node, 0); /* says where it is now */
   pthread_mutex_unlock(&g->lock);
   poke(g);
   return 0;
@@ -770,11 +776,11 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
   if (op->op == SY_OP_GRANT) {
     struct as *a = find_as(g, op->asid);
     if (!a || a->dying) return SY_R_NOT_FOUND;
-    if (mag_level(a, op->order) >= SY_MAG_SLOTS) return SY_R_FULL;
+    if (!has_room(g, a, op->order)) return SY_R_FULL;
   }
   if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
   if (op->op == SY_OP_RECLAIM && !g->hdr->slots) return SY_R_FULL;
-  if (op->op == SY_OP_RECLAIM) return op->arg == SY_RECLAIM_STANDBY ? stand_by(g, op->pfn, n) : take_run(g, op->pfn, n, SY_FF_SWAPPING);
+  if (op->op == SY_OP_RECLAIM) return (uint32_t)op->arg == SY_RECLAIM_STANDBY ? stand_by(g, op->pfn, n, op->arg >> SY_RECLAIM_ZONE_SHIFT) : take_run(g, op->pfn, n, SY_FF_SWAPPING);
   if (op->op == SY_OP_AGE) return take_run(g, op->pfn, n, SY_FF_AGED);
   if (op->op == SY_OP_RELEASE) {
     for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
@@ -829,7 +835,7 @@ int sy_gw_as_list(struct sy_gateway *g, struct sy_as_info *out, int max) {
     struct sy_as_info *o = &out[n];
     *o = (struct sy_as_info){.asid = a->asid, .pid = (uint32_t)a->pid, .state = (uint32_t)a->dying, .fault_order = a->mag->fault_order, .frames = a->frames,
                              .mapped = a->mapped, .native_pages = a->ctl->pages_native, .faults = a->ctl->faults, .urgent = a->urgent,
-                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped};
+                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped, .limit = a->zone};
     for (int k = 0; k < 10; k++) o->mag_level[k] = mag_level(a, k);
   }
   pthread_mutex_unlock(&g->lock);
@@ -951,6 +957,11 @@ static void check_once(struct sy_gateway *g, struct report *r) {
   }
   if (nfree != g->nfree || nfree != states[SY_FRAME_FREE]) violation(r, doubt(11, 0, 0), "%lu frames free in the map, %lu counted, %lu in the table\n", nfree, g->nfree, states[SY_FRAME_FREE]);
   if (slots != g->hdr->slots_used) violation(r, doubt(15, slots, g->hdr->slots_used), "%lu slots are named by page-table words, %u are in use\n", slots, g->hdr->slots_used);
+  for (uint32_t z = SY_MAX_NODES; z < SY_MAX_ZONES; z++) {
+    uint64_t used = 0, of = g->hdr->limit[z - SY_MAX_NODES].frames;
+    for (uint32_t i = 0; i < g->nas; i++) used += g->as[i]->zone == z ? g->as[i]->frames : 0;
+    if (used + g->hdr->watermark[z].free != of) violation(r, doubt(2, z, used), "%lu frames are owned within limit %u of %lu, which has %u left\n", used, z, of, g->hdr->watermark[z].free);
+  }
   if (owned_total != owned_states) violation(r, doubt(12, 0, 0), "%lu frames are in lists of address spaces, %lu are GRANTED or MAPPED\n", owned_total, owned_states);
   uint64_t reserved = 0, slabs = 0, objects = 0, packed = 0;
   for (int o = 0; o <= SY_MAX_ORDER; o++) reserved += (uint64_t)g->nreserve[o] << o;

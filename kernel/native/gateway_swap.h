@@ -39,14 +39,14 @@ static uint64_t on_the_way(struct sy_gateway *g, uint64_t swapping) {
   for (uint32_t i = 0; i < g->nas; i++) not += is_stopped(g->as[i]) ? g->as[i]->leaving : 0;
   return swapping > not ? swapping - not : 0;
 }
-/* By ourselves, when nobody else has: round and round over the frames, oldest look first. Frames on their way (under lock). */
-static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want) {
-  uint64_t got = 0, going = on_the_way(g, g->swapping);
+/* By ourselves, when nobody else has: round and round over the frames, of a limit or of all, oldest look first. Frames on their way (under lock). */
+static uint64_t reclaim_some(struct sy_gateway *g, uint64_t want, uint32_t limit) {
+  uint64_t got = 0, going = on_the_way(g, limit ? g->swapping_on[limit] : g->swapping);
   if (!g->hdr->slots || going >= want) return going;
   for (uint32_t k = 0; k < g->nframes && got < want;) {
     uint32_t f = g->clock_hand, n = 1;
     const struct sy_frame *p = &g->frames[f];
-    if (p->state == SY_FRAME_MAPPED && !(p->flags & SY_FF_SWAPPING)) {
+    if (p->state == SY_FRAME_MAPPED && !(p->flags & SY_FF_SWAPPING) && (!limit || p->limit == limit)) {
       while (n < 64 && f + n < g->nframes && p[n].state == SY_FRAME_MAPPED && p[n].asid == p->asid && p[n].vpage == p->vpage + n && !(p[n].flags & SY_FF_SWAPPING)) n++;
       while (n && take_run(g, f, n, SY_FF_SWAPPING) != SY_R_COMPLETE) n /= 2;
       got += n;
@@ -64,19 +64,20 @@ static uint32_t want_recycled(struct as *a) {
   uint32_t level = order >= 0 && !a->dying ? mag_level(a, order) << order : RECYCLED;
   return level < RECYCLED / 2 ? RECYCLED - level : 0;
 }
-static void relieve_early(struct sy_gateway *g) {
-  for (uint32_t nd = 0; nd < g->nodes; nd++) {
-    if (g->reclaiming[nd] || g->hdr->watermark[nd].free >= g->hdr->watermark[nd].high) continue;
-    g->reclaiming[nd] = 1;
+static void relieve_early(struct sy_gateway *g, struct as *a) {
+  for (uint32_t z = a->zone, end = z ? z + 1 : g->nodes; z < end; z++) {
+    if (g->reclaiming[z] || g->hdr->watermark[z].free >= g->hdr->watermark[z].high) continue;
+    g->reclaiming[z] = 1;
     poke(g);
   }
 }
-/* Chosen by kswapd for when memory is short (under lock). */
-static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
+/* Chosen by kswapd for when memory is short in a zone (under lock). */
+static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint64_t zone) {
   struct sy_frame *f = &g->frames[pfn];
+  if (zone != f->node && (zone != f->limit || !zone)) return zone < g->nodes || (zone >= SY_MAX_NODES && zone < SY_MAX_ZONES) ? SY_R_STALE : SY_R_INVALID;
   for (uint32_t i = 0; i < n; i++)
-    if (f[i].state != SY_FRAME_MAPPED || f[i].flags & (SY_FF_SWAPPING | SY_FF_STANDBY)) return SY_R_STALE;
-  uint32_t nd = f->node, *level = &g->hdr->watermark[nd].standby;
+    if (f[i].state != SY_FRAME_MAPPED || f[i].flags & (SY_FF_SWAPPING | SY_FF_STANDBY) || (zone == f->limit && f[i].limit != zone)) return SY_R_STALE;
+  uint32_t nd = (uint32_t)zone, *level = &g->hdr->watermark[nd].standby;
   if (*level + n > STANDBY_RING) return SY_R_FULL;
   for (uint32_t i = 0; i < n; i++) {
     f[i].flags |= SY_FF_STANDBY;
@@ -85,11 +86,11 @@ static uint32_t stand_by(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
   *level += n;
   return SY_R_COMPLETE;
 }
-/* What stands by leaves until a node has `high` frames. Returns whether to look again soon. */
+/* What stands by leaves until a zone has `high` frames. Returns whether to look again soon. */
 static int relieve(struct sy_gateway *g, uint32_t nd) {
   struct sy_watermarks *m = &g->hdr->watermark[nd];
   uint64_t going = on_the_way(g, g->swapping_on[nd]), want = m->high;
-  for (uint32_t i = 0; i < g->nas; i++) want += want_recycled(g->as[i]);
+  for (uint32_t i = 0; i < g->nas; i++) want += g->as[i]->zone == nd || (!g->as[i]->zone && nd < SY_MAX_NODES) ? want_recycled(g->as[i]) : 0;
   g->reclaiming[nd] |= m->free < m->low;
   while (g->reclaiming[nd] && m->standby && m->free + going < want) {
     struct standby s = g->standby[nd][g->standby_head[nd] % STANDBY_RING];
@@ -101,7 +102,7 @@ static int relieve(struct sy_gateway *g, uint32_t nd) {
     g->standby_head[nd]++, m->standby--;
     going += r == SY_R_COMPLETE;
   }
-  if (m->free < m->min && !m->standby && g->hdr->component[SY_C_KSWAPD].state != 1) reclaim_some(g, m->high);
+  if (m->free < m->min && !m->standby && g->hdr->component[SY_C_KSWAPD].state != 1) reclaim_some(g, m->high, nd < SY_MAX_NODES ? 0 : nd);
   if (m->free + going >= want) g->reclaiming[nd] = 0;
   return g->reclaiming[nd] && (m->standby || going);
 }
@@ -133,7 +134,7 @@ static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t 
     if (order > aligned) order = aligned;
     if (order > SY_HUGE_ORDER) order = SY_HUGE_ORDER;
     size = 1u << order;
-    if (a && !a->dying && !a->released && (n == 1 || size == RECYCLE_AT_ONCE) && mag_level(a, order) << order < RECYCLED) {
+    if (a && !a->dying && !a->released && (n == 1 || size == RECYCLE_AT_ONCE) && has_room(g, a, order) && mag_level(a, order) << order < RECYCLED) {
       a->recycles = order + 1;
       zero_block(g, pfn, size);
       mag_push(g, a, pfn, order); /* (there is room) */
@@ -173,7 +174,6 @@ static int stored(struct sy_gateway *g, struct going *p) {
   /* Not since our look: a frame that went and came back has another barrier, one that was only touched another word. */
   if (!p->k.error && a && !a->dying && f->barrier == p->barrier && __atomic_compare_exchange_n(&a->pte[p->vpage], &p->word, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     s->asid = p->asid, s->vpage = p->vpage, s->out = g->swapped_out++;
-    stay(g, f);
     a->swapped++, a->mapped--, disown(g, a, p->pfn);
     f->asid = 0, f->vpage = 0, f->refcount = 0, f->flags = 0;
     set_state(g, p->pfn, 1, SY_FRAME_ISOLATED, 0);

@@ -39,7 +39,7 @@ static int offer(const char *path, int listener, int page) {
   if (connect(s, (struct sockaddr *)&a, sizeof a)) return close(s), -1;
   int fds[2] = {listener, page};
   char c[CMSG_SPACE(sizeof fds)] = {0};
-  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, SY_HELLO_KEEPER, 0};
+  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, SY_HELLO_KEEPER, 0, 0};
   struct iovec v = {&hello, sizeof hello};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = c, .msg_controllen = sizeof c};
   struct cmsghdr *h = CMSG_FIRSTHDR(&m);

@@ -1,4 +1,4 @@
-/* sylvie-launch RUN_DIR STUB KEEPER -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
+/* sylvie-launch RUN_DIR STUB KEEPER [--limit FRAMES] -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
  *
  * The keeper (one a launched tree) is started first, outside of the filter and not as our child, so that CMD's own wait()
  * never sees it. It gets the filter's listener and passes a duplicate to the gateway. */
@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -45,8 +46,10 @@ static void start_keeper(const char *keeper, const char *sock_path, int fd, int 
 }
 
 int main(int argc, char **argv) {
-  if (argc < 6 || strcmp(argv[4], "--")) {
-    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER -- CMD…   (use `sylvie run -- CMD…`)\n");
+  unsigned long limit = argc > 5 && !strcmp(argv[4], "--limit") ? strtoul(argv[5], NULL, 10) : 0, group;
+  char **cmd = argv + (limit ? 7 : 5);
+  if (argc < (limit ? 8 : 6) || strcmp(cmd[-1], "--") || limit > UINT32_MAX) {
+    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER [--limit FRAMES] -- CMD…   (use `sylvie run -- CMD…`)\n");
     return 125;
   }
   char sock_path[256], mark[300], *preload = NULL;
@@ -76,10 +79,12 @@ int main(int argc, char **argv) {
 
   const char *old = getenv("LD_PRELOAD");
   if (asprintf(&preload, "%s%s%s", argv[2], old ? ":" : "", old ? old : "") < 0) die("memory");
-  snprintf(mark, sizeof mark, "%s", sock_path);
+  if (limit && getrandom(&group, sizeof group, 0) != sizeof group) die("getrandom");
+  if (limit) snprintf(mark, sizeof mark, "%lu.%lx@%s", limit, group, sock_path); /* all that it starts inherits that, and so shares it */
+  else snprintf(mark, sizeof mark, "%s", sock_path);
   setenv("LD_PRELOAD", preload, 1);
   setenv("_SYLVIE", mark, 1);
-  execvp(argv[5], argv + 5);
-  fprintf(stderr, "sylvie run: %s: %s\n", argv[5], strerror(errno));
+  execvp(cmd[0], cmd);
+  fprintf(stderr, "sylvie run: %s: %s\n", cmd[0], strerror(errno));
   return errno == ENOENT ? 127 : 126;
 }

@@ -52,6 +52,10 @@ static int attach(void) {
   if (t < 0) STORE(join_state, 2);
   while (!LOAD(join_state)) futex_wait(&join_state, 0, 1000, 0);
   if (LOAD(join_state) == 1) return 1;
+  if (no_limits_left) {
+    say("sylvie: this enclave has no more limits to give: the program ends\n");
+    SYS(__NR_exit_group, 125, 0, 0, 0, 0);
+  }
   mode = NATIVE;
   for (int i = 0; i < 2; i++) SYS(__NR_munmap, VA(a[i][0]), (a[i][1] - a[i][0]) * PS, 0, 0, 0);
   return 0;
@@ -281,8 +285,11 @@ static long exec_managed(long nr, struct regs *r) {
   append(pre, sizeof pre, stub_path);
   size_t k = 0;
   for (size_t i = 0; i < n; i++) {
-    if (starts(env[i], "_SYLVIE=")) { /* `sylvie run` inside a managed program: it says which enclave */
-      mark = env[i];
+    if (starts(env[i], "_SYLVIE=")) { /* `sylvie run` inside a managed program: it says which enclave. Nobody leaves a limit so */
+      const char *at = env[i] + 8;
+      for (const char *c = at; *c; c++)
+        if (*c == '@') at = c + 1;
+      if (!limit_frames || !starts(at, sock_path)) mark = env[i];
       continue;
     }
     if (starts(env[i], "LD_PRELOAD=")) {
@@ -399,10 +406,16 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
     if (starts(env[i], "_SYLVIE=")) sock = env[i] + 8;
     if (starts(env[i], "LD_PRELOAD=")) pre = env[i] + 11, at = i;
   }
+  const char *whole = sock;
+  if (sock && *sock != '/') { /* FRAMES.GROUP@socket: see launch.c */
+    for (; *sock >= '0' && *sock <= '9'; sock++) limit_frames = limit_frames * 10 + (uint32_t)(*sock - '0');
+    for (sock += *sock == '.'; *sock && *sock != '@'; sock++) limit_group = limit_group << 4 | (uint64_t)(*sock <= '9' ? *sock - '0' : *sock - 'a' + 10);
+    sock += *sock == '@';
+  }
   if (!sock || !pre || len(sock) >= sizeof sock_path) return;
   append(sock_path, sizeof sock_path, sock);
   append(mark_env, sizeof mark_env, "_SYLVIE=");
-  append(mark_env, sizeof mark_env, sock);
+  append(mark_env, sizeof mark_env, whole);
   size_t n = 0; /* the first of LD_PRELOAD is us */
   while (pre[n] && pre[n] != ':' && pre[n] != ' ') n++;
   if (n >= sizeof stub_path) return;

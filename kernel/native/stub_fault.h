@@ -410,6 +410,7 @@ static int recv_welcome(struct sy_welcome *w, int *fds, int max) {
   long r;
   while ((r = SYS(__NR_recvmsg, fd_sock, &m, MSG_CMSG_CLOEXEC, 0, 0)) == -EINTR) {
   }
+  no_limits_left = r == sizeof *w && w->magic == SY_MAGIC && w->status == SY_W_LIMITS;
   if (r != sizeof *w || w->magic != SY_MAGIC || w->abi != SY_ABI_VERSION || w->status != SY_W_OK) return -1;
   int n = 0;
   if (m.msg_controllen >= sizeof(struct cmsghdr) && c.h.cmsg_type == SCM_RIGHTS) {
@@ -420,7 +421,7 @@ static int recv_welcome(struct sy_welcome *w, int *fds, int max) {
 }
 static long send_hello(int kind, int fd) {
   union { char b[CMSG_SPACE(sizeof(int))]; struct cmsghdr h; } c;
-  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)kind, 0};
+  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)kind, kind == SY_HELLO_STUB ? limit_frames : 0, limit_group};
   struct iovec v = {&hello, sizeof hello};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
   if (fd >= 0) {

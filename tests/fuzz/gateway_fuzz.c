@@ -341,7 +341,7 @@ static void step(int what) {
   switch (what % 32) {
   case 0: call_in(p); break;
   case 1: case 2: { /* a HELLO, mostly well-formed */
-    struct sy_hello h = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)(b >> 2) % 6, (uint32_t)take(1)};
+    struct sy_hello h = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)(b >> 2) % 6, (uint32_t)take(1) << (b & 4 ? 8 : 0), take(1) % 3};
     int n = h.kind == SY_HELLO_STUB ? 1 : h.kind == SY_HELLO_KEEPER ? 2 : 0;
     kinds[0] = h.kind == SY_HELLO_STUB ? FD_UFFD : FD_LISTENER, kinds[1] = FD_SEALED, kinds[2] = kinds[3] = FD_NULL;
     uint64_t t = take(1); /* one thing wrong */
