@@ -75,16 +75,12 @@ class Bench:
         while (s := control(self.run_dir, {"t": "status"}))["populated"] < s["frames"]["total"]:
             time.sleep(0.1)
 
-    def managed(self, cmd: list[str | Path]) -> list[str]:
-        native = (
-            HERE.parent / "kernel" / "native"
-        )  # what `sylvie run` becomes, without Python's start in the measurement
-        return [
-            *map(
-                str,
-                [native / "sylvie-launch", self.run_dir, native / "libsylvie.so", native / "sylvie-keeper", "--", *cmd],
-            )
-        ]
+    def managed(self, cmd: list[str | Path], limit: int = 0) -> list[str]:
+        """What `sylvie run` becomes, without Python's start in the measurement. ``limit``: frames, 0 for none."""
+        native = HERE.parent / "kernel" / "native"
+        bound = ["--limit", limit] if limit else []
+        launch = [native / "sylvie-launch", self.run_dir, native / "libsylvie.so", native / "sylvie-keeper", *bound]
+        return [*map(str, [*launch, "--", *cmd])]
 
     def values(self, cmd: list[str | Path], managed: bool) -> dict[str, list[float]]:
         """Runs a program that prints "name value" lines."""
@@ -294,7 +290,7 @@ def main() -> int:
                 b.sylvie("check")
                 b.sylvie("down")
             if "swap" in wanted:
-                found = swap_bench.measure(b.run_dir, b.managed, b.sylvie)
+                found = swap_bench.measure(b.run_dir, lambda c: b.managed(c, swap_bench.MEMORY << 8), b.sylvie)
                 rows += [Row(*line) for line in found]
             if "life" in wanted:
                 rows += life(b)

@@ -1,7 +1,7 @@
 """Working sets of twice the memory: every kswapd policy beside a memory cgroup of the same size that swaps to zram (lz4), in the same run.
 
-Native: resident pages are limited to ``MEMORY``, zram's own come on top. Ours: ``MEMORY`` is all there is, so compressed pages take from what is
-resident, and what does not fit beside it goes to the swap file: the harder rule. Each workload (``programs/reclaim.c``) checks what it reads.
+Both sides may have ``MEMORY`` resident, by a cgroup's limit and by ``sylvie run --limit``; what compressed pages take comes on top on both.
+Each workload (``programs/reclaim.c``) checks what it reads.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def measure(run_dir: Path, managed: Callable[[list[str | Path]], list[str]], syl
     except NoBaseline as missing:
         why = f" (native not measured: {missing})"
     ours: dict[str, dict[str, list[Values]]] = {}
-    sylvie("up", "--ram", f"{MEMORY}M", "--swap", "2G")
+    sylvie("up", "--ram", f"{4 * MEMORY}M", "--swap", "2G")
     try:
         with Control(run_dir, 30) as control:
 

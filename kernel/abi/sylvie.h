@@ -49,7 +49,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_MAPPED = 201,   /* vpage, pfn, order, npages = 1 << order */
   SY_MSG_PAGE_FREED = 202,    /* pfn, npages: frames that are FREE again. From the stub also vpage */
   SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was */
-  SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave, FREE now (PAGE_FREED says so too); arg = first slot */
+  SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave; those that are FREE now PAGE_FREED names, the others are GRANTED to asid again; arg = first slot */
   SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
   SY_MSG_PAGE_COW = 206,
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
