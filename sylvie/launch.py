@@ -47,8 +47,8 @@ def why_native(program: Path, depth: int = 0) -> str | None:
     return "is statically linked"
 
 
-def run(run_dir: Path, command: list[str]) -> NoReturn:
-    """Replaces this process by ``command``, managed. Exit status 125: Sylvie cannot; 126, 127: as a shell says."""
+def run(run_dir: Path, command: list[str], overcommit: bool = False) -> NoReturn:
+    """Replaces this process by ``command``, managed; with ``overcommit`` it and what it starts may map more than RAM and swap hold. Exit status 125: Sylvie cannot; 126, 127: as a shell says."""
     if command and command[0] == "--":
         command = command[1:]
     program = command[0] if "/" in command[0] else shutil.which(command[0])
@@ -80,7 +80,7 @@ def run(run_dir: Path, command: list[str]) -> NoReturn:
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
     os.execve(
         launcher,
-        [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--", *command],
+        [str(launcher), str(run_dir), str(NATIVE / "libsylvie.so"), str(NATIVE / "sylvie-keeper"), "--overcommit" if overcommit else "--", *command],
         environment(),
     )
 

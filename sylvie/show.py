@@ -70,6 +70,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         "managed",
         "native",
         "swapped",
+        "committed",
         "faults",
         "urgent",
         "magazine (order:blocks)",
@@ -79,7 +80,7 @@ def status(run_dir: Path, as_json: bool) -> None:
     for a in s["address_spaces"]:
         native = a["native_kib"] // 4
         share = f" {100 * a['mapped'] // max(1, a['mapped'] + native)} %"
-        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), size(a["swapped"]), str(a["faults"]), str(a["urgent"]),
+        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), size(a["swapped"]), size(a["committed"]), str(a["faults"]), str(a["urgent"]),
                   " ".join(f"{o}:{n}" for o, n in a["magazine"].items() if n))  # fmt: skip
     if s["address_spaces"]:
         out.print(t)

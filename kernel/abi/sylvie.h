@@ -167,6 +167,7 @@ struct sy_as_ctl {
   uint64_t brk_pages;
   uint64_t mmap_hi;                 /* vpages above this were never used */
   uint64_t pages_swapped;           /* pages taken away: in the store, or on the way */
+  uint64_t pages_committed;         /* what the program may write: Linux's Committed_AS, of one program */
   struct sy_cmd_done done[SY_CMD_SLOTS];
 };
 /* Layout of the memfd: ctl at 0; chunk map; channel; page table. */
@@ -227,7 +228,7 @@ struct sy_header {
   uint32_t default_fault_order_max;
   uint32_t event_seq;                /* last sequence number given to an event (wraps) */
   uint32_t oom;                      /* enum sy_oom */
-  uint32_t pad;
+  uint32_t overcommit;               /* 1: no program's mappings are added up */
   uint64_t events_lost;              /* the gateway's own event ring was full */
   uint64_t counters[32];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
@@ -321,6 +322,7 @@ struct sy_as_info {
   uint64_t faults; uint64_t urgent; uint64_t overflow; uint64_t bad_claims;
   uint64_t brk_pages;
   uint64_t swapped;       /* pages in the store */
+  uint64_t committed;     /* pages that it may write, as its stub says */
   uint32_t mag_level[10]; /* blocks ready, per order */
   uint32_t pad[2];
 };

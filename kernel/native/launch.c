@@ -1,4 +1,4 @@
-/* sylvie-launch RUN_DIR STUB KEEPER -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
+/* sylvie-launch RUN_DIR STUB KEEPER --|--overcommit CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
  *
  * The keeper (one a launched tree) is started first, outside of the filter and not as our child, so that CMD's own wait()
  * never sees it. It gets the filter's listener and passes a duplicate to the gateway. */
@@ -45,7 +45,8 @@ static void start_keeper(const char *keeper, const char *sock_path, int fd, int 
 }
 
 int main(int argc, char **argv) {
-  if (argc < 6 || strcmp(argv[4], "--")) {
+  int overcommit = argc > 4 && !strcmp(argv[4], "--overcommit");
+  if (argc < 6 || (strcmp(argv[4], "--") && !overcommit)) {
     fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER -- CMD…   (use `sylvie run -- CMD…`)\n");
     return 125;
   }
@@ -76,7 +77,7 @@ int main(int argc, char **argv) {
 
   const char *old = getenv("LD_PRELOAD");
   if (asprintf(&preload, "%s%s%s", argv[2], old ? ":" : "", old ? old : "") < 0) die("memory");
-  snprintf(mark, sizeof mark, "%s", sock_path);
+  snprintf(mark, sizeof mark, "%s%s", overcommit ? "overcommit:" : "", sock_path);
   setenv("LD_PRELOAD", preload, 1);
   setenv("_SYLVIE", mark, 1);
   execvp(argv[5], argv + 5);

@@ -232,6 +232,7 @@ static void lock_and_serve(void) {
     if (!serve_request()) nap(20);
 }
 
+#include "stub_commit.h"
 #include "stub_space.h"
 #include "stub_futex.h"
 #include "stub_fault.h"
