@@ -59,7 +59,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         c = s["counters"]
         out.print(
             f"[bold]swap[/] {size(s['swap']['used'])} of {size(s['swap']['slots'])}; pages out {c['swapped_out']}, in again {c['swapped_in']}, "
-            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}; "
+            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}, errors {c['store_errors']}; "
             f"compressed pages take {size(s['swap']['pool_frames'])} of {size(s['swap']['pool_max'])}"
         )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))

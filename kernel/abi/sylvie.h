@@ -244,7 +244,7 @@ struct sy_header {
 enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
 /* One page in the swap store; an array of these is a memfd that the gateway writes and stubs read. While a page-table word names a slot it
  * stays as it is, so a stub may fetch the page by itself from the RAM file: size bytes (an LZ4 block; 8: a word that is repeated) at offset from
- * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has. */
+ * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has; pfn and offset are a sum of it. */
 struct sy_stored { uint32_t asid; uint32_t vpage; uint32_t out; uint32_t pfn; uint32_t offset; uint32_t size; };
 #define SY_PACKED_MAX 3264           /* what does not get smaller than this is not worth it */
 #define SY_SLAB_CACHES 23

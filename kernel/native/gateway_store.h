@@ -132,15 +132,27 @@ static int pool_get(struct sy_gateway *g, const struct sy_stored *s, void *page)
 }
 static void pool_drop(struct sy_gateway *g, struct sy_stored *s) { slab_free(g, s->pfn, s->offset); }
 
+/* The file is written through the page cache, so what the disk refuses may show only when it is read: pfn and offset of its slots, which have
+ * neither, hold a sum of the page. */
+static uint64_t sum_of(const void *page) {
+  uint64_t h[4] = {1, 2, 3, 4}, w[4];
+  for (const char *p = page, *end = p + PS; p < end; p += sizeof w) {
+    memcpy(w, p, sizeof w);
+    for (int i = 0; i < 4; i++) h[i] = (h[i] ^ w[i]) * 0x9e3779b97f4a7c15, h[i] ^= h[i] >> 29;
+  }
+  return h[0] ^ h[1] * 3 ^ h[2] * 5 ^ h[3] * 7;
+}
 static off_t place(const struct sy_gateway *g, const struct sy_stored *s) { return (off_t)(s - g->slot) * PS; }
 static int file_put(struct sy_gateway *g, struct sy_stored *s, const void *page) {
   ssize_t r = pwrite(g->swap_fd, page, PS, place(g, s));
   if (r != PS) return r < 0 ? errno : ENOSPC;
-  return s->size = PS, 0;
+  uint64_t sum = sum_of(page);
+  return s->size = PS, s->pfn = (uint32_t)sum, s->offset = (uint32_t)(sum >> 32), 0;
 }
 static int file_get(struct sy_gateway *g, const struct sy_stored *s, void *page) {
   ssize_t r = pread(g->swap_fd, page, PS, place(g, s));
-  return r == PS ? 0 : r < 0 ? errno : EIO;
+  if (r != PS) return r < 0 ? errno : EIO;
+  return sum_of(page) == (s->pfn | (uint64_t)s->offset << 32) ? 0 : EIO;
 }
 static const struct tier tiers[] = {{zero_put, zero_get, zero_drop}, {pool_put, pool_get, pool_drop}, {file_put, file_get, zero_drop}};
 static const struct tier *tier_of(const struct sy_stored *s) { return &tiers[s->size == 0 ? 0 : s->size < PS ? 1 : 2]; }
