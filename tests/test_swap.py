@@ -110,18 +110,18 @@ def larger_than_memory(what: str, mib: int, directory: Path) -> list[str]:
     """A command that needs twice ``mib`` MiB and checks what it has; its output does not depend on where it runs, but for memtester's."""
     return {
         "redis": ["bash", "-c", REDIS, "x", str(directory), str(mib * 1600), str(mib // 40)],
-        "sqlite": ["bash", "-c", SQLITE, "x", str(mib * 4700)],
+        "sqlite": ["bash", "-c", SQLITE, "x", str(mib * 2000)],
         # Without RLIMIT_MEMLOCK 0 it locks its buffer, and root may lock anything.
         "memtester": ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "prlimit", "--memlock=0",
-                      "env", f"MEMTESTER_TEST_MASK={1 if mib < 100 else 7}", "memtester", f"{2 * mib}M", "1"],
+                      "env", "MEMTESTER_TEST_MASK=7", "memtester", f"{2 * mib}M", "1"],
     }[what]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", ["redis", "sqlite", "memtester"])
+@pytest.mark.parametrize("what", ["redis", "sqlite"])
 def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None:
-    """All five policies in turn, and restarts, under a program of twice the memory. For longer in test_soak.py."""
+    """All five policies in turn, and restarts, under a program of twice the memory. For longer, and memtester, in test_soak.py."""
     cmd = larger_than_memory(what, 48, tmp_path)
-    native = subprocess.run(cmd, capture_output=True, text=True, timeout=60) if what != "memtester" else None
+    native = subprocess.run(cmd, capture_output=True, text=True, timeout=60).stdout
     before = enclave.status()["counters"]["swapped_in"]
     p = enclave.popen(cmd)
     turn = 0
@@ -136,8 +136,7 @@ def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None
     finally:
         enclave.cli("swap", "kswapd", POLICIES[-1])
     out = p.communicate(timeout=60)[0]
-    assert p.returncode == 0, out
-    assert native is None or out == native.stdout
+    assert (p.returncode, out) == (0, native)
     assert enclave.status()["counters"]["swapped_in"] > before + 4000 and turn > 3
 
 
