@@ -99,7 +99,7 @@ class Gateway:
     """One enclave and its bus.
 
     :param run_dir: existing directory, with keys; the sockets appear in it
-    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native",
+    :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native", "overcommit": bool,
         "swap": bytes of the swap file, 0 for none, "pool": share of RAM for compressed pages before it, 0 to 1,
         "users": [uid beside root whose programs may join, …]}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
@@ -127,6 +127,7 @@ class Gateway:
         if oom not in OOM:
             raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
         lib.sy_gw_set_oom(self.gw, OOM[oom])
+        lib.sy_gw_set_overcommit(self.gw, "overcommit" in config and codec.field(config, "overcommit", bool))
         swap = codec.field(config, "swap", int) if config.get("swap") else 0
         pool = int(lib.sy_gw_frames(self.gw) * codec.field(config, "pool", float)) if "pool" in config else 0
         if swap and (error := -lib.sy_gw_set_swap(self.gw, str(run_dir / "swap").encode(), swap, pool)):

@@ -68,6 +68,7 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
     type=click.Choice(["kill", "native"]),
     help="Out of frames: end the program with the most of them, as Linux does, or give native memory.",
 )
+@click.option("--overcommit", is_flag=True, help="A program may map more than RAM and swap hold, as long as it does not touch it.")
 @click.option("--swap", default="0", show_default=True, help="Size of the swap file in the run directory; 0 for none.")
 @click.option(
     "--pool",
@@ -90,6 +91,7 @@ def up(
     nodes: int,
     implementation: tuple[str, ...],
     oom: str,
+    overcommit: bool,
     swap: str,
     pool: str,
     users: tuple[str, ...],
@@ -107,6 +109,7 @@ def up(
         "ram": life.parse_size(ram),
         "nodes": nodes,
         "oom": oom,
+        "overcommit": overcommit,
         "swap": life.parse_size(swap) if swap != "0" else 0,
         "pool": life.parse_share("--pool", pool),
         "users": life.parse_users(users),
@@ -130,15 +133,17 @@ def down(ctx: click.Context, run_dir: str | None) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--limit", metavar="SIZE", help="Frames that it and all it starts may have together, as 128M; the rest is swapped.")
+@click.option("--overcommit", is_flag=True, help="It and what it starts may map more than RAM and swap hold.")
 @run_dir_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, run_dir: str | None, limit: str | None, command: tuple[str, ...]) -> None:
+def run(ctx: click.Context, limit: str | None, overcommit: bool, run_dir: str | None, command: tuple[str, ...]) -> None:
     """Run a program on the enclave's memory: same input, output, status, signals, directory and environment.
 
     \b
     Example: sylvie run -- redis-server --port 7000
              sylvie run --limit 128M -- sort huge.txt
+             sylvie run --overcommit -- ./maps-much-touches-little
     """
     from sylvie import launch
 
@@ -147,7 +152,7 @@ def run(ctx: click.Context, run_dir: str | None, limit: str | None, command: tup
         from sylvie.life import bytes_of
 
         frames = bytes_of(limit) >> 12
-    launch.run(chosen(ctx, run_dir), list(command), frames)
+    launch.run(chosen(ctx, run_dir), list(command), frames, overcommit)
 
 
 @cli.command()

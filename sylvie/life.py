@@ -141,7 +141,7 @@ def supervisor_conf(run_dir: Path) -> Path:
 def up(run_dir: Path, settings: dict[str, Any], chosen: dict[str, str]) -> None:
     """Starts everything and returns when all are ready; otherwise says why and leaves nothing behind.
 
-    :param settings: of config.json: ram, nodes, oom, users (``kernel.gateway.Gateway``)
+    :param settings: of config.json: ram, nodes, oom, overcommit, swap, pool, users (``kernel.gateway.Gateway``)
     :param chosen: implementations that are not the default, by component
     """
     began = time.monotonic()

@@ -59,7 +59,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         c = s["counters"]
         out.print(
             f"[bold]swap[/] {size(s['swap']['used'])} of {size(s['swap']['slots'])}; pages out {c['swapped_out']}, in again {c['swapped_in']}, "
-            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}; "
+            f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}, errors {c['store_errors']}; "
             f"compressed pages take {size(s['swap']['pool_frames'])} of {size(s['swap']['pool_max'])}"
         )
     for limit in s["limits"]:
@@ -74,6 +74,7 @@ def status(run_dir: Path, as_json: bool) -> None:
         "managed",
         "native",
         "swapped",
+        "committed",
         "faults",
         "urgent",
         "magazine (order:blocks)",
@@ -83,7 +84,7 @@ def status(run_dir: Path, as_json: bool) -> None:
     for a in s["address_spaces"]:
         native = a["native_kib"] // 4
         share = f" {100 * a['mapped'] // max(1, a['mapped'] + native)} %"
-        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), size(a["swapped"]), str(a["faults"]), str(a["urgent"]),
+        t.add_row(str(a["asid"]), str(a["pid"]), a["command"], size(a["mapped"]) + share, size(native), size(a["swapped"]), size(a["committed"]), str(a["faults"]), str(a["urgent"]),
                   " ".join(f"{o}:{n}" for o, n in a["magazine"].items() if n))  # fmt: skip
     if s["address_spaces"]:
         out.print(t)

@@ -43,16 +43,16 @@ class Enclave:
         )
         return done
 
-    def command(self, cmd: list[Any]) -> list[str]:
+    def command(self, cmd: list[Any], *options: str) -> list[str]:
         """The command line that runs cmd managed."""
-        return [str(SYLVIE), "--run-dir", str(self.run_dir), "run", "--", *map(str, cmd)]
+        return [str(SYLVIE), "--run-dir", str(self.run_dir), "run", *options, "--", *map(str, cmd)]
 
     def run(self, cmd: list[Any], timeout: float = 120, **kw: Any) -> subprocess.CompletedProcess[str]:
         """Runs cmd managed, to its end."""
         return subprocess.run(self.command(cmd), capture_output=True, text=True, timeout=timeout, **kw)
 
-    def popen(self, cmd: list[Any], **kw: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command(cmd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    def popen(self, cmd: list[Any], *options: str, **kw: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(self.command(cmd, *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
     def status(self) -> dict[str, Any]:
         """As ``sylvie status --json``, without a process of its own: the tests ask very often."""

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from conftest import Enclave, bring_up, take_down, wait_for
 from test_failures import another_buddy, buddy_agrees_with_the_table, finished, load
+from test_swap import POLICIES, larger_than_memory
 
 Compiled = Callable[[str], Path]
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -113,25 +114,6 @@ def test_swap_back_and_forth_under_load(sound: Enclave) -> None:
 
 # ---- programs twice as large as RAM (128 MiB), while kswapd is killed, stopped and replaced
 
-REDIS = """
-cd "$1"
-redis-server --port 0 --unixsocket "$1/sock" --save "" --enable-debug-command yes > log 2>&1 &
-trap 'kill $! 2>/dev/null; wait' EXIT
-cli="redis-cli -s $1/sock"
-for i in $(seq 100); do $cli ping > /dev/null 2>&1 && break; sleep 0.05; done
-awk 'BEGIN{for(i=0;i<200000;i++) printf "SET key:%d %0800d\\r\\n", i, i*7919}' | $cli --pipe > /dev/null
-$cli debug digest
-for k in 1 2 3; do redis-benchmark -s "$1/sock" -r 200000 -t get -n 200000 -P 16 -q > /dev/null; done
-$cli debug digest
-$cli dbsize
-"""
-SQLITE = """
-sqlite3 :memory: "PRAGMA cache_size=-400000; CREATE TABLE t(a INTEGER PRIMARY KEY, b TEXT);
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<600000) INSERT INTO t SELECT i, printf('%0300d', i*7919) FROM n;
-CREATE INDEX x ON t(b); UPDATE t SET b=b||'x' WHERE a%7=0; PRAGMA integrity_check; SELECT count(*), sum(length(b)) FROM t;"
-"""
-
-
 @pytest.fixture(scope="module")
 def pressed(root_dir: Path) -> Iterator[Enclave]:
     e = bring_up(root_dir / "pressed", "--ram", "128M", "--swap", "1G")
@@ -139,44 +121,46 @@ def pressed(root_dir: Path) -> Iterator[Enclave]:
     take_down(e)
 
 
+def swapped_in_turn(e: Enclave, turn: int) -> None:
+    e.cli("swap", "kswapd", POLICIES[turn % len(POLICIES)])
+
+
+def restarted(e: Enclave, turn: int) -> None:
+    e.supervisorctl("restart", "kswapd")
+
+
+def killed_and_stopped(e: Enclave, turn: int) -> None:
+    if (c := e.component("kswapd"))["state"] != "online":
+        return
+    # (what the gateway said last is not what supervisord has done since)
+    with contextlib.suppress(ProcessLookupError):
+        if turn % 2:
+            os.kill(c["pid"], signal.SIGKILL)
+        else:
+            os.kill(c["pid"], signal.SIGSTOP)
+            time.sleep(0.5)
+            os.kill(c["pid"], signal.SIGCONT)
+
+
+@pytest.mark.parametrize("how", [swapped_in_turn, restarted, killed_and_stopped])
 @pytest.mark.parametrize("what", ["redis", "sqlite", "memtester"])
-def test_larger_than_memory(pressed: Enclave, what: str, tmp_path: Path) -> None:
-    e = pressed
-    cmd = {
-        "redis": ["bash", "-c", REDIS, "x", tmp_path],
-        "sqlite": ["bash", "-c", SQLITE],
-        # Without RLIMIT_MEMLOCK 0 it locks its buffer, and root may lock anything.
-        "memtester": ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "prlimit", "--memlock=0",
-                      "env", "MEMTESTER_TEST_MASK=7", "memtester", "256M", "1"],
-    }[what]  # fmt: skip
-    native = (
-        subprocess.run([*map(str, cmd)], capture_output=True, text=True, timeout=900) if what != "memtester" else None
-    )
-    before = e.status()["counters"]["swapped_in"]
-    p = e.popen(cmd)
-    turn = 0
-    while p.poll() is None:
-        time.sleep(1)
-        turn += 1
-        c = e.component("kswapd")
-        if c["state"] != "online":
-            continue
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # (what the gateway said last is not what supervisord has done since)
-            if turn % 3 == 0:
-                os.kill(c["pid"], signal.SIGKILL)
-            elif turn % 3 == 1:
-                e.cli("swap", "kswapd", ("two_list", "clock", "mru", "random")[turn // 3 % 4], ok=False)
-            else:
-                os.kill(c["pid"], signal.SIGSTOP)
-                time.sleep(0.5)
-                os.kill(c["pid"], signal.SIGCONT)
-        assert turn < 1800
-    out = p.communicate()[0]
-    assert p.returncode == 0, out
-    if native:
-        assert out == native.stdout
-    assert e.idle(60)["counters"]["swapped_in"] > before + 20000
-    e.check()
-    assert e.status()["swap"]["used"] == 0
+def test_larger_than_memory(pressed: Enclave, what: str, how: Callable[[Enclave, int], None], tmp_path: Path) -> None:
+    """Every second, for two minutes at least, under a program of twice the memory; again and again if it is through before."""
+    e, turn, deadline = pressed, 0, time.monotonic() + size(120)
+    cmd = larger_than_memory(what, 128, tmp_path)
+    native = subprocess.run(cmd, capture_output=True, text=True, timeout=900) if what != "memtester" else None
+    while turn == 0 or time.monotonic() < deadline:
+        before = e.status()["counters"]["swapped_in"]
+        p = e.popen(cmd)
+        while p.poll() is None:
+            time.sleep(1)
+            how(e, turn)
+            turn += 1
+            assert turn < 1800
+        out = p.communicate()[0]
+        assert p.returncode == 0, out
+        if native:
+            assert out == native.stdout
+        assert e.idle(60)["counters"]["swapped_in"] > before + 20000
+        e.check()
+        assert e.status()["swap"]["used"] == 0

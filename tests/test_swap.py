@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +85,59 @@ def lost_nothing(p: subprocess.Popen[str]) -> None:
     """Ends it: everything was there."""
     p.send_signal(signal.SIGTERM)
     assert p.communicate(timeout=60)[0].splitlines()[-2:] == ["waited: 0", "after waits: 0"]
+
+
+REDIS = """
+cd "$1"
+redis-server --port 0 --unixsocket "$1/sock" --save "" --enable-debug-command yes > log 2>&1 &
+trap 'kill $! 2>/dev/null; wait' EXIT
+cli="redis-cli -s $1/sock"
+for i in $(seq 100); do $cli ping > /dev/null 2>&1 && break; sleep 0.05; done
+awk -v n=$2 'BEGIN{for(i=0;i<n;i++) printf "SET key:%d %0800d\\r\\n", i, i*7919}' | $cli --pipe > /dev/null
+$cli debug digest
+for k in $(seq $3); do redis-benchmark -s "$1/sock" -r $2 -t get -n $2 -P 16 -q > /dev/null; done
+$cli debug digest
+$cli dbsize
+"""
+SQLITE = """
+sqlite3 :memory: "PRAGMA cache_size=-400000; CREATE TABLE t(a INTEGER PRIMARY KEY, b TEXT);
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<$1) INSERT INTO t SELECT i, printf('%0300d', i*7919) FROM n;
+CREATE INDEX x ON t(b); UPDATE t SET b=b||'x' WHERE a%7=0; PRAGMA integrity_check; SELECT count(*), sum(length(b)) FROM t;"
+"""
+
+
+def larger_than_memory(what: str, mib: int, directory: Path) -> list[str]:
+    """A command that needs twice ``mib`` MiB and checks what it has; its output does not depend on where it runs, but for memtester's."""
+    return {
+        "redis": ["bash", "-c", REDIS, "x", str(directory), str(mib * 1600), str(mib // 40)],
+        "sqlite": ["bash", "-c", SQLITE, "x", str(mib * 2000)],
+        # Without RLIMIT_MEMLOCK 0 it locks its buffer, and root may lock anything.
+        "memtester": ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "prlimit", "--memlock=0",
+                      "env", "MEMTESTER_TEST_MASK=7", "memtester", f"{2 * mib}M", "1"],
+    }[what]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["redis", "sqlite"])
+def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None:
+    """All five policies in turn, and restarts, under a program of twice the memory. For longer, and memtester, in test_soak.py."""
+    cmd = larger_than_memory(what, 48, tmp_path)
+    native = subprocess.run(cmd, capture_output=True, text=True, timeout=60).stdout
+    before = enclave.status()["counters"]["swapped_in"]
+    p = enclave.popen(cmd)
+    turn = 0
+    try:
+        while p.poll() is None:
+            if turn % 2:
+                enclave.supervisorctl("restart", "kswapd")
+            else:
+                enclave.cli("swap", "kswapd", POLICIES[turn // 2 % len(POLICIES)])
+            turn += 1
+            time.sleep(0.2)
+    finally:
+        enclave.cli("swap", "kswapd", POLICIES[-1])
+    out = p.communicate(timeout=60)[0]
+    assert (p.returncode, out) == (0, native)
+    assert enclave.status()["counters"]["swapped_in"] > before + 4000 and turn > 3
 
 
 def natively(*what: str) -> str:
@@ -284,6 +339,80 @@ def test_a_full_disk_keeps_the_pages(root_dir: Path) -> None:
 
             wait_for(lambda: reclaim() > 100, 30, "the disk does not run full")
             lost_nothing(p)
+            s = e.idle()
+            assert s["counters"]["oom_kills"] == s["swap"]["used"] == 0
+            e.check()
+        finally:
+            take_down(e)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+LOOKS = """
+import os, sys, zlib
+b = os.urandom(24 << 20)
+s = zlib.crc32(b)
+print("there", flush=True)
+for _ in sys.stdin: print(zlib.crc32(b) == s, flush=True)
+"""
+
+
+def test_a_disk_with_errors(root_dir: Path) -> None:
+    """What cannot be written stays in its frame; for what cannot be read, or is read wrong, the program waits, and goes on when it can be."""
+    disk, image, good = root_dir / "bad", root_dir / "bad.img", root_dir / "good.img"
+    disk.mkdir()
+    with open(image, "wb") as f:
+        f.truncate(200 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    try:
+        e = bring_up(disk / "r", "--ram", "64M", "--swap", "128M", "--pool", "0%")
+        try:
+            e.supervisorctl("stop", "kswapd")
+            p = e.popen([sys.executable, "-c", LOOKS], stdin=subprocess.PIPE)
+            assert p.stdin and p.stdout and p.stdout.readline() == "there\n"
+            frames, gateway = tables(e).frames, e.gateway_pid()
+
+            def reclaim() -> dict[str, int]:
+                with as_kswapd(e) as commit:
+                    commit(lib.SY_OP_RECLAIM, np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)[:4096])
+                s = e.status()
+                return {"used": s["swap"]["used"], "errors": s["counters"]["store_errors"]}
+
+            def look() -> None:
+                assert p.stdin
+                p.stdin.write("\n")
+                p.stdin.flush()
+
+            limits = resource.prlimit(gateway, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # EFBIG
+            wait_for(lambda: reclaim()["errors"] > 100, 30, "no error where nothing can be written")
+            resource.prlimit(gateway, resource.RLIMIT_FSIZE, limits)
+            look()
+            assert p.stdout.readline() == "True\n"
+            fd = os.open(e.run_dir / "swap", os.O_RDWR)
+            for broken in ("device", "content"):
+                wait_for(lambda: reclaim()["used"] > 5000, 30, "nothing leaves")
+                wait_for(lambda: not np.any(frames["flags"] & lib.SY_FF_SWAPPING), 20, "it does not end")
+                os.fsync(fd)
+                before = e.status()["counters"]["store_errors"]
+                if broken == "device":  # it ends before the file does: EIO
+                    subprocess.run(["sync", "-f", e.run_dir], check=True)
+                    shutil.copyfile(image, good)
+                    os.truncate(image, 0)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                else:  # what a disk has lost after it was written
+                    content = os.pread(fd, 128 << 20, 0)
+                    os.pwrite(fd, bytes(len(content)), 0)
+                look()
+                wait_for(lambda b=before: e.status()["counters"]["store_errors"] > b + 10, 30, f"{broken}: all is read")
+                if broken == "device":
+                    with open(good, "rb") as whole, open(image, "r+b") as to:
+                        shutil.copyfileobj(whole, to, 1 << 20)
+                else:
+                    os.pwrite(fd, content, 0)
+                assert p.stdout.readline() == "True\n"
+            os.close(fd)
+            p.communicate(timeout=20)
             s = e.idle()
             assert s["counters"]["oom_kills"] == s["swap"]["used"] == 0
             e.check()

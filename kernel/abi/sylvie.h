@@ -173,6 +173,7 @@ struct sy_as_ctl {
   uint64_t brk_pages;
   uint64_t mmap_hi;                 /* vpages above this were never used */
   uint64_t pages_swapped;           /* pages taken away: in the store, or on the way */
+  uint64_t pages_committed;         /* what the program may write: Linux's Committed_AS, of one program */
   struct sy_cmd_done done[SY_CMD_SLOTS];
 };
 /* Layout of the memfd: ctl at 0; chunk map; channel; page table. */
@@ -235,7 +236,7 @@ struct sy_header {
   uint32_t default_fault_order_max;
   uint32_t event_seq;                /* last sequence number given to an event (wraps) */
   uint32_t oom;                      /* enum sy_oom */
-  uint32_t pad;
+  uint32_t overcommit;               /* 1: no program's mappings are added up */
   uint64_t events_lost;              /* the gateway's own event ring was full */
   uint64_t counters[32];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
@@ -252,7 +253,7 @@ struct sy_header {
 enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
 /* One page in the swap store; an array of these is a memfd that the gateway writes and stubs read. While a page-table word names a slot it
  * stays as it is, so a stub may fetch the page by itself from the RAM file: size bytes (an LZ4 block; 8: a word that is repeated) at offset from
- * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has. */
+ * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has; pfn and offset are a sum of it. */
 struct sy_stored { uint32_t asid; uint32_t vpage; uint32_t out; uint32_t pfn; uint32_t offset; uint32_t size; };
 #define SY_PACKED_MAX 3264           /* what does not get smaller than this is not worth it */
 #define SY_SLAB_CACHES 23
@@ -333,6 +334,7 @@ struct sy_as_info {
   uint64_t brk_pages;
   uint64_t swapped;       /* pages in the store */
   uint32_t limit; uint32_t pad1; /* zone of its limit; 0 = none */
+  uint64_t committed;     /* pages that it may write, as its stub says */
   uint32_t mag_level[10]; /* blocks ready, per order */
   uint32_t pad[2];
 };

@@ -27,6 +27,8 @@ int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, i
 
 /* What happens when nothing is left: enum sy_oom. NATIVE until this is called. */
 void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
+/* 1: programs may map more than RAM and swap hold. */
+void sy_gw_set_overcommit(struct sy_gateway *gw, uint32_t on);
 /* Where pages go that leave RAM: a file made anew, readable by root only, behind so many frames of compressed pages at most. Before
  * sy_gw_start. 0 or -errno. */
 int sy_gw_set_swap(struct sy_gateway *gw, const char *path, uint64_t bytes, uint32_t pool_frames);

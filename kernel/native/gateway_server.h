@@ -703,6 +703,7 @@ static void *server_thread(void *arg) {
 
 /* ---------------------------------------------------------------- transactions */
 void sy_gw_set_oom(struct sy_gateway *g, uint32_t oom) { g->hdr->oom = oom; }
+void sy_gw_set_overcommit(struct sy_gateway *g, uint32_t on) { g->hdr->overcommit = on; }
 /* The entries of that many slots, in place of those that there are. 0 or -errno. */
 static int make_slots(struct sy_gateway *g, uint64_t slots) {
   int fd = make_memfd("sylvie-slots", slots * sizeof *g->slot), ro = fd < 0 ? -1 : reopen_ro(fd);
@@ -835,7 +836,8 @@ int sy_gw_as_list(struct sy_gateway *g, struct sy_as_info *out, int max) {
     struct sy_as_info *o = &out[n];
     *o = (struct sy_as_info){.asid = a->asid, .pid = (uint32_t)a->pid, .state = (uint32_t)a->dying, .fault_order = a->mag->fault_order, .frames = a->frames,
                              .mapped = a->mapped, .native_pages = a->ctl->pages_native, .faults = a->ctl->faults, .urgent = a->urgent,
-                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped, .limit = a->zone};
+                             .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped, .limit = a->zone,
+                             .committed = a->ctl->pages_committed};
     for (int k = 0; k < 10; k++) o->mag_level[k] = mag_level(a, k);
   }
   pthread_mutex_unlock(&g->lock);

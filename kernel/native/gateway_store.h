@@ -141,15 +141,32 @@ static int pool_get(struct sy_gateway *g, const struct sy_stored *s, void *page)
 }
 static void pool_drop(struct sy_gateway *g, struct sy_stored *s) { slab_free(g, s->pfn, s->offset); }
 
+/* The file is written through the page cache, so what the disk refuses may show only when it is read: pfn and offset of its slots, which have
+ * neither, hold a sum of the page. */
+static uint64_t sum_of(const void *page) {
+  uint64_t h[4] = {1, 2, 3, 4}, w[4];
+  for (const char *p = page, *end = p + PS; p < end; p += sizeof w) {
+    memcpy(w, p, sizeof w);
+    for (int i = 0; i < 4; i++) h[i] = (h[i] ^ w[i]) * 0x9e3779b97f4a7c15, h[i] ^= h[i] >> 29;
+  }
+  return h[0] ^ h[1] * 3 ^ h[2] * 5 ^ h[3] * 7;
+}
 static off_t place(uint64_t slot) { return (off_t)(slot * PS); }
 static int file_pack(struct sy_gateway *g, struct packing *k) {
   ssize_t r = pwrite(g->swap_fd, k->page, PS, place(k->slot));
-  return r == PS ? 0 : r < 0 ? errno : ENOSPC;
+  if (r != PS) return r < 0 ? errno : ENOSPC;
+  uint64_t sum = sum_of(k->page);
+  return memcpy(k->data, &sum, sizeof sum), 0;
 }
-static int file_keep(struct sy_gateway *g, struct sy_stored *s, const struct packing *k) { return (void)g, (void)k, s->size = PS, 0; }
+static int file_keep(struct sy_gateway *g, struct sy_stored *s, const struct packing *k) {
+  (void)g;
+  memcpy(&s->pfn, k->data, 4), memcpy(&s->offset, k->data + 4, 4);
+  return s->size = PS, 0;
+}
 static int file_get(struct sy_gateway *g, const struct sy_stored *s, void *page) {
   ssize_t r = pread(g->swap_fd, page, PS, place((uint64_t)(s - g->slot)));
-  return r == PS ? 0 : r < 0 ? errno : EIO;
+  if (r != PS) return r < 0 ? errno : EIO;
+  return sum_of(page) == (s->pfn | (uint64_t)s->offset << 32) ? 0 : EIO;
 }
 static const struct tier tiers[] = {{zero_pack, zero_keep, zero_get, zero_drop}, {pool_pack, pool_keep, pool_get, pool_drop}, {file_pack, file_keep, file_get, zero_drop}};
 #define TIERS ((int)(sizeof tiers / sizeof *tiers))

@@ -106,7 +106,7 @@ static uint32_t busy[SY_SERVICE_THREADS], gateway_dead;
 static uint32_t reader, reads[SY_SERVICE_THREADS];        /* futex: the fault thread that reads faults; which of them run. See hand_over */
 static const volatile int32_t *main_cpu;                  /* the CPU that the first thread runs on (its rseq's cpu_id, which glibc registers); or null */
 static int reader_cpu[SY_SERVICE_THREADS] = {-1, -1};     /* where it is pinned; -1: not, or it does not run. Written by itself */
-static char sock_path[108], stub_path[256], preload_env[320], mark_env[160];
+static char sock_path[108], stub_path[256], preload_env[320], mark_env[192];
 static uint32_t limit_frames;          /* what this program and all it starts may have; 0: no limit */
 static uint64_t limit_group;
 static int no_limits_left;
@@ -238,6 +238,7 @@ static void lock_and_serve(void) {
     if (!serve_request()) nap(20);
 }
 
+#include "stub_commit.h"
 #include "stub_space.h"
 #include "stub_futex.h"
 #include "stub_fault.h"

@@ -37,10 +37,11 @@ static int attach(void) {
   if (mmap_floor > SY_ARENA_PAGES - SY_ARENA_PAGES / 4) return mode = NATIVE, 0; /* after very many generations of forks */
   if (fills_at_once()) return mode = NATIVE, 0;
   if (!attr) {
-    long at = sys_mmap(0, SY_ARENA_PAGES, RW, ANON, -1, 0);
+    long at = sys_mmap(0, TABLE_BYTES, RW, ANON, -1, 0);
     if (at < 0 && at > -4096) return mode = NATIVE, 0;
-    SYS(__NR_madvise, at, SY_ARENA_PAGES, MADV_DONTDUMP, 0, 0);
+    SYS(__NR_madvise, at, TABLE_BYTES, MADV_DONTDUMP, 0, 0);
     attr = (uint8_t *)at;
+    charged = (uint64_t *)(at + SY_ARENA_PAGES), noreserve = charged + SY_ARENA_PAGES / 64;
   }
   for (int i = 0; i < 2; i++)
     if (sys_mmap(VA(a[i][0]), (a[i][1] - a[i][0]) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(a[i][0])) {
@@ -84,7 +85,7 @@ static long brk_unmanaged(uintptr_t want) {
     if (attr) memset(attr + cur, A_OF(RW), new - cur);
   } else if (new < cur) {
     SYS(__NR_munmap, VA(new), (cur - new) * PS, 0, 0, 0);
-    if (attr) memset(attr + new, 0, cur - new);
+    if (attr) memset(attr + new, 0, cur - new), uncharge(new, cur - new);
   }
   brk_floor = brk_hi = new;
   brk_cur = want;
@@ -125,8 +126,7 @@ static long in_parts(long nr, long *a) {
   return r;
 }
 
-/* One memory call; mm_lock held. It may come from libc's sites, or past them by way of the gateway. */
-static long emulate(long nr, long *a) {
+static long memory_call(long nr, long *a) {
   switch (nr) {
   case __NR_mmap:
     if (not_ours(a)) break;
@@ -137,8 +137,11 @@ static long emulate(long nr, long *a) {
     if (mode == FORKED && a[0] && (uint64_t)a[0] <= brk_cur) return brk_unmanaged((uintptr_t)a[0]);
     return ready(mode == FORKED && (uint64_t)a[0] > brk_cur ? (uint64_t)a[0] - brk_cur : 0) ? do_brk((uintptr_t)a[0]) : brk_unmanaged((uintptr_t)a[0]);
   }
-  if (mode != MANAGED) /* FORKED or NATIVE: what is in the arena is the kernel's */
-    return straight_on(nr, a);
+  if (mode != MANAGED) { /* FORKED or NATIVE: what is in the arena is the kernel's */
+    long r = straight_on(nr, a);
+    if (mode == FORKED && nr == __NR_munmap && !r && IN_ARENA(a[0]) && (uint64_t)a[1] <= SY_ARENA_START + SY_ARENA_SIZE - (uint64_t)a[0]) uncharge(PAGE(a[0]), UP(a[1]) / PS);
+    return r;
+  }
   /* more than the arena: no such range is mapped (and no sum below may wrap) */
   if (nr != __NR_mmap && nr != __NR_brk && ((uint64_t)a[1] > SY_ARENA_SIZE || (nr == __NR_mremap && (uint64_t)a[2] > SY_ARENA_SIZE)))
     return nr == __NR_munmap || (nr == __NR_mremap && (uint64_t)a[1] > SY_ARENA_SIZE) || (nr == __NR_madvise && (uint64_t)a[0] + (uint64_t)a[1] < (uint64_t)a[0]) ? -EINVAL : -ENOMEM;
@@ -149,6 +152,12 @@ static long emulate(long nr, long *a) {
   case __NR_mseal: return -EPERM;
   }
   return straight_on(nr, a);
+}
+/* One memory call; mm_lock held. It may come from libc's sites, or past them by way of the gateway. */
+static long emulate(long nr, long *a) {
+  long r = memory_call(nr, a);
+  if (mode == MANAGED) ctl->pages_committed = committed;
+  return r;
 }
 
 /* Registers of the thread at the system call site, as sy_entry pushed them. */
@@ -287,8 +296,8 @@ static long exec_managed(long nr, struct regs *r) {
   for (size_t i = 0; i < n; i++) {
     if (starts(env[i], "_SYLVIE=")) { /* `sylvie run` inside a managed program: it says which enclave. Nobody leaves a limit so */
       const char *at = env[i] + 8;
-      for (const char *c = at; *c; c++)
-        if (*c == '@') at = c + 1;
+      if (starts(at, "overcommit:")) at += len("overcommit:");
+      while (*at && *at != '/') at++;
       if (!limit_frames || !starts(at, sock_path)) mark = env[i];
       continue;
     }
@@ -407,15 +416,16 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
     if (starts(env[i], "LD_PRELOAD=")) pre = env[i] + 11, at = i;
   }
   const char *whole = sock;
+  if (sock && (overcommit = starts(sock, "overcommit:"))) sock += len("overcommit:");
   if (sock && *sock != '/') { /* FRAMES.GROUP@socket: see launch.c */
     for (; *sock >= '0' && *sock <= '9'; sock++) limit_frames = limit_frames * 10 + (uint32_t)(*sock - '0');
     for (sock += *sock == '.'; *sock && *sock != '@'; sock++) limit_group = limit_group << 4 | (uint64_t)(*sock <= '9' ? *sock - '0' : *sock - 'a' + 10);
     sock += *sock == '@';
   }
   if (!sock || !pre || len(sock) >= sizeof sock_path) return;
-  append(sock_path, sizeof sock_path, sock);
   append(mark_env, sizeof mark_env, "_SYLVIE=");
   append(mark_env, sizeof mark_env, whole);
+  append(sock_path, sizeof sock_path, sock);
   size_t n = 0; /* the first of LD_PRELOAD is us */
   while (pre[n] && pre[n] != ':' && pre[n] != ' ') n++;
   if (n >= sizeof stub_path) return;

@@ -462,6 +462,7 @@ static int join_enclave(void) {
   for (int i = 0; i < 5; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
   ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
   mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl, slots = (void *)sl;
+  ctl->pages_committed = committed; /* of a forked child: what it inherited */
   if (uffd_register(brk_floor, SY_BRK_PAGES - brk_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   if (uffd_register(mmap_floor, SY_ARENA_PAGES - mmap_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   return 0;

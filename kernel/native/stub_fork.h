@@ -74,6 +74,7 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (a & A_FOREIGN) return 0;
   if ((a & A_DONTFORK) && !releasing) {
     memset(attr + p, 0, n);
+    uncharge(p, n);
     return SYS(__NR_munmap, VA(p), n * PS, 0, 0, 0);
   }
   long t = sys_mmap(0, n * PS, RW, ANON, -1, 0);
@@ -258,7 +259,7 @@ static long release_all(void) {
   if (!r) {
     brk_floor = brk_hi = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = SY_ARENA_PAGES;
     STORE(mode, NATIVE);
-    SYS(__NR_munmap, attr, SY_ARENA_PAGES, 0, 0, 0);
+    SYS(__NR_munmap, attr, TABLE_BYTES, 0, 0, 0);
     attr = 0;
   }
   __atomic_store_n(&ctl->fork_active, 0, __ATOMIC_SEQ_CST);

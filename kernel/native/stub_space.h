@@ -329,6 +329,7 @@ static int keep(uint64_t p, uint64_t n) {
     memset(attr + p, A_OF(RW), n);
     return 0;
   }
+  uncharge(p, n);
   post(SY_MSG_MM_MUNMAP, p, 0, n, 0, 0, 0);
   for (unsigned i = 0; i < kept_count;) { /* one piece with its neighbours */
     uint64_t q = kept[i].p, m = kept[i].n;
@@ -371,6 +372,7 @@ static uint64_t reuse(uint64_t n) {
 }
 static void unmap_pages(uint64_t p, uint64_t n) {
   drop_kept_in(p, n);
+  uncharge(p, n);
   for (uint64_t i = p; i < p + n;) {
     uint64_t k = 1;
     uint8_t a = attr[i];
@@ -436,6 +438,7 @@ static void not_replaced(uint64_t p, uint64_t n) {
   if (SYS(__NR_madvise, VA(p), n * PS, MADV_NORMAL, 0, 0) == 0) return unpark(p, n);
   drop_content(p, n, RW);
   memset(attr + p, 0, n);
+  uncharge(p, n);
   arena_restore(p, n);
   hole_cut(p, n); /* part of it may have been one */
   hole_add(p, n);
@@ -446,6 +449,7 @@ static long map_foreign(uint64_t p, uint64_t n, long *a) {
   long r = straight_on(__NR_mmap, a);
   if (r < 0 && r > -4096) return not_replaced(p, n), r;
   drop_content(p, n, (int)a[2]);
+  uncharge(p, n);
   hole_cut(p, n);
   post(SY_MSG_MM_MUNMAP, p, 0, n, 0, 0, 0);
   memset(attr + p, A_OF(a[2]) | A_FOREIGN, n);
@@ -458,21 +462,19 @@ static int eligible(long prot, long flags) {
          !(prot & ~(long)RW);
 }
 
-/* Linux's heuristic overcommit (mm/util.c): one mapping that could never be backed is refused. Not where what does not fit goes native. */
-static int too_much(uint64_t pages, long prot, long flags) {
-  return hdr->oom == SY_OOM_KILL && pages > (uint64_t)hdr->frames + hdr->slots && (prot & PROT_WRITE) && !(flags & MAP_NORESERVE);
-}
 static long do_mmap(long *a) {
   uintptr_t addr = (uintptr_t)a[0];
   uint64_t n = UP(a[1]) / PS;
   long prot = a[2], flags = a[3] & 0xffffffff;
   int fixed = (flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)) != 0;
   uint64_t p;
-  if ((flags & 0xf) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) && too_much(n, prot, flags)) return -ENOMEM;
+  uint64_t counts = (flags & 0xf) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) && (prot & PROT_WRITE) && !(flags & MAP_NORESERVE) ? n : 0;
   if (fixed) {
     p = PAGE(addr);
     if (addr % PS) return -EINVAL;
     if (!a[1] || (uint64_t)a[1] > SY_ARENA_SIZE || p + n > SY_ARENA_PAGES) return a[1] ? -ENOMEM : -EINVAL;
+    for (uint64_t k = 0; k < n && counts; k++) counts -= is_native(p + k) != 0;
+    if (!(flags & MAP_FIXED_NOREPLACE) && too_much(counts, bits(charged, p, n, LOOK))) return -ENOMEM;
     for (uint64_t k = 1; k < n; k++) /* begins in what a forked child inherited and ends in managed memory, or the other way round */
       if (is_native(p + k) != is_native(p)) {
         if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
@@ -488,14 +490,17 @@ static long do_mmap(long *a) {
     }
     drop_kept_in(p, n);
     if ((flags & MAP_FIXED_NOREPLACE) && !all_free(p, n)) return -EEXIST;
+    if ((flags & MAP_FIXED_NOREPLACE) && too_much(counts, 0)) return -ENOMEM;
     if ((flags & 0xf) != MAP_PRIVATE || !(flags & MAP_ANONYMOUS) || (flags & MAP_HUGETLB)) return map_foreign(p, n, (long[]){a[0], a[1], prot, (flags & ~(long)MAP_FIXED_NOREPLACE) | MAP_FIXED, a[4], a[5]});
     long r = replace_pages(p, n, A_OF(prot));
     if (r < 0) return r;
     hole_cut(p, n);
   } else {
     if (!a[1]) return -EINVAL;
+    if (too_much(counts, 0)) return -ENOMEM;
     if (!addr && prot == RW && n <= KEEP_PAGES && (p = reuse(n))) {
       claim(p, n, A_OF(RW));
+      charge_new(p, n, prot, flags);
       if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
       return (long)VA(p);
     }
@@ -505,6 +510,7 @@ static long do_mmap(long *a) {
     if (!p) return sys_mmap(addr, (size_t)a[1], (int)prot, (int)flags, -1, 0); /* the arena is full: natively */
   }
   map_pages(p, n, A_OF(prot));
+  charge_new(p, n, prot, flags);
   if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
   return (long)VA(p);
 }
@@ -519,6 +525,7 @@ static long do_munmap(uintptr_t addr, uint64_t size) {
     long r = SYS(__NR_munmap, VA(p), k * PS, 0, 0, 0);
     if (r) return r;
     memset(attr + p, 0, k);
+    uncharge(p, k);
     p += k, n -= k;
   }
   for (unsigned i = 0; i < kept_count; i++)
@@ -527,6 +534,16 @@ static long do_munmap(uintptr_t addr, uint64_t size) {
   return 0;
 }
 
+/* Made unwritable: what was never touched need not be kept. */
+static void uncharge_untouched(uint64_t p, uint64_t n) {
+  uint64_t from = p;
+  for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) {
+    if (untouched(LOAD(pte[i]))) continue;
+    committed -= bits(charged, from, i - from, CLEAR);
+    from = i + 1;
+  }
+  committed -= bits(charged, from, p + n - from, CLEAR);
+}
 static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pkey) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
@@ -540,10 +557,19 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
     uint64_t k = 1;
     while (i + k < p + n && (attr[i + k] & A_FOREIGN) == (attr[i] & A_FOREIGN)) k++;
     int foreign = attr[i] & A_FOREIGN;
+    if (!foreign && (prot & PROT_WRITE)) {
+      uint64_t exempt = some_noreserve ? bits(noreserve, i, k, LOOK) : 0;
+      if (too_much(k - exempt, bits(charged, i, k, LOOK))) return -ENOMEM;
+      if (!exempt) charge(i, k);
+      else
+        for (uint64_t j = i; j < i + k; j++)
+          if (!bits(noreserve, j, 1, LOOK)) charge(j, 1);
+    }
     for (uint64_t j = i; j < i + k; j++) attr[j] = (uint8_t)((attr[j] & ~(7 << 1)) | ((prot & 7) << 1));
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     long r = foreign ? SYS(__NR_mprotect, VA(i), k * PS, prot, 0, 0) : set_kernel_prot(i, k, prot);
     if (r) return r;
+    if (!foreign && !(prot & PROT_WRITE)) uncharge_untouched(i, k);
     i += k;
   }
   return 0;
@@ -684,6 +710,7 @@ static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, 
   }
   if (into) {
     drop_content(q, m, A_PROT(a));
+    uncharge(q, m);
     hole_cut(q, m);
     post(SY_MSG_MM_MUNMAP, q, 0, m, 0, 0, 0);
     memset(attr + q, a, m);
@@ -725,12 +752,14 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   uint8_t a = attr[p];
   if (a & A_FOREIGN) return mremap_foreign(old, old_size, new_size, flags, to);
   if ((flags & MREMAP_FIXED) && !IN_ARENA(to)) return move_out(p, n, m, flags, to);
-  if (m > n && too_much(m - n, A_PROT(a), 0)) return -ENOMEM;
+  uint64_t more = flags & MREMAP_DONTUNMAP ? bits(charged, p, n, LOOK) : m > n && bits(charged, p + n - 1, 1, LOOK) ? m - n : 0;
+  if (!(flags & MREMAP_FIXED) && too_much(more, 0)) return -ENOMEM;
   if (flags & MREMAP_FIXED) {
     q = PAGE(to);
     if (to % PS) return -EINVAL;
     if (q + m > SY_ARENA_PAGES || is_native(q)) return -ENOMEM; /* beyond the arena, or onto what a forked child inherited: docs/limits.md */
     if (q < p + n && p < q + m) return -EINVAL;
+    if (too_much(more, bits(charged, q, m, LOOK))) return -ENOMEM;
     drop_kept_in(q, m);
     for (uint64_t i = q, k; i < q + m; i += k) { /* what is mapped there waits, without content; what is not stays so until it is */
       for (k = 1; i + k < q + m && !attr[i + k] == !attr[i];) k++;
@@ -744,6 +773,7 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   } else if (!(flags & MREMAP_DONTUNMAP) && p + m <= (p < SY_BRK_PAGES ? SY_BRK_PAGES : SY_ARENA_PAGES) && p >= SY_BRK_PAGES && all_free(p + n, m - n)) {
     hole_cut(p + n, m - n);
     map_pages(p + n, m - n, a);
+    charge_moved(p + n - 1, 1, p + n, m - n);
     return (long)old;
   } else {
     if (!(flags & MREMAP_MAYMOVE)) return -ENOMEM;
@@ -759,10 +789,12 @@ static long do_mremap(uintptr_t old, uint64_t old_size, uint64_t new_size, long 
   if (r < 0) { /* no memory for the mappings: back with what has moved, for which there is room */
     by_command_thread(move_request, &(struct move){q, p, mv.done, A_PROT(a), 0});
     memset(attr + q, 0, m);
+    uncharge(q, m);
     return r;
   }
   if (A_PROT(a) != RW || (flags & MREMAP_FIXED)) map_pages(q, m, a); /* touched meanwhile, where nothing came: plain read-write */
   else claim(q, m, a);
+  charge_moved(p, n, q, m);
   if (flags & MREMAP_DONTUNMAP)
     evict(p, n);
   else
@@ -779,11 +811,11 @@ static long do_brk(uintptr_t want) {
   if (want < brk_start || want > VA(SY_BRK_PAGES)) return (long)brk_cur;
   uint64_t cur = PAGE(UP(brk_cur)), new = PAGE(UP(want));
   if (new > cur) {
-    if (!all_free(cur, new - cur) || too_much(new - cur, RW, 0)) return (long)brk_cur;
     uint64_t inherited = cur < brk_floor ? (new < brk_floor ? new : brk_floor) - cur : 0; /* trimmed by a forked child: native, as it was */
+    if (!all_free(cur, new - cur) || too_much(new - cur - inherited, 0)) return (long)brk_cur;
     if (inherited && sys_mmap(VA(cur), inherited * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(cur)) return (long)brk_cur;
     memset(attr + cur, A_OF(RW), inherited);
-    if (new > cur + inherited) map_pages(cur + inherited, new - cur - inherited, A_OF(RW));
+    if (new > cur + inherited) map_pages(cur + inherited, new - cur - inherited, A_OF(RW)), charge(cur + inherited, new - cur - inherited);
   } else if (new < cur)
     do_munmap(VA(new), (cur - new) * PS);
   brk_cur = want;

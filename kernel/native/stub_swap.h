@@ -202,7 +202,8 @@ static void swap_in(int me, uint64_t p, int write) {
     return wake(p, 1);
   }
   word_t flags = w & (SY_PTE_STALE | W_KPROT);
-  uint64_t n = 1, max = 1ull << read_ahead(p, a);
+  static uint8_t alone[SY_SERVICE_THREADS]; /* after an error: for so many faults a page comes by itself, as only a neighbour may be unreadable */
+  uint64_t n = 1, max = alone[me] ? alone[me]--, 1 : 1ull << read_ahead(p, a);
   uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)};
   int ours = in_pool(slot[0]);
   while (n < max && stored(p + n, a)) { /* (another thread may be at work there) */
@@ -219,7 +220,7 @@ static void swap_in(int me, uint64_t p, int write) {
   }
   store_again(p + done, n - done, flags);
   /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
-  if (e > 0) hand_over(me), nap(10000);
+  if (e > 0) alone[me] = 64, hand_over(me), nap(10000);
   if (done || e > 0) wake(p, n);
 }
 
