@@ -62,6 +62,13 @@ def status(run_dir: Path, as_json: bool) -> None:
             f"touched on the way {c['swap_cancelled']}, taken by the gateway {c['evicted_by_gateway']}; "
             f"compressed pages take {size(s['swap']['pool_frames'])} of {size(s['swap']['pool_max'])}"
         )
+    h = s["heat"]
+    if h["windows"]:
+        at = "looking" if h["active"] else "nobody needs it now"
+        out.print(
+            f"[bold]heat[/] by {h['source']}, {at}: {h['looked']} frames in the last of {h['windows']} windows ({h['window_ms']} ms), "
+            f"{h['touched']} in use; takes {h['cost_percent']:.2f} % of a core, at most {h['limit_percent']:g} %"
+        )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
     t = Table(
         "asid",

@@ -90,7 +90,7 @@ def test_results() -> None:
     assert commit(
         m, op(m, reclaim, 20), op(m, reclaim, 0, stale=True), op(m, reclaim, 0, 11), op(m, reclaim, len(m.frames)), op(m, reclaim, 1, 1),
         op(m, lib.SY_OP_GRANT, 0), op(m, lib.SY_OP_MIGRATE, 0), op(m, lib.SY_OP_PREFETCH, 0), op(m, 99, 0),
-    ) == ["STALE", "STALE", "INVALID", "INVALID", "INVALID", "NOT_PERMITTED", "NOT_PERMITTED", "INVALID", "INVALID"]  # fmt: skip
+    ) == ["STALE", "STALE", "INVALID", "INVALID", "INVALID", "NOT_PERMITTED", "NOT_PERMITTED", "NOT_FOUND", "INVALID"]  # fmt: skip
     assert (m.frames == before).all()
     # Blocks: all of it or nothing; pages 8 and 9 are followed by free frames.
     assert commit(m, op(m, age, 0, 2), op(m, age, 8, 2), op(m, age, 2)) == ["COMPLETE", "STALE", "STALE"]
