@@ -554,6 +554,13 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
+/* Frames in the magazine for all that it is to bring back, in blocks of their size, and as many for its faults, if there are (under lock). */
+static void frames_for(struct sy_gateway *g, struct as *a, uint32_t n) {
+  int order = 31 - __builtin_clz(n);
+  uint64_t have = 0;
+  for (int o = 0; o <= order; o++) have += (uint64_t)mag_level(a, o) << o;
+  for (uint32_t k = 1; k && have < a->prefetching + n; have += k) k = give(g, a, order);
+}
 /* What is to come back, each stub is told at once: it does so between the program's own memory calls. */
 static void send_prefetches(struct sy_gateway *g) {
   for (;;) {
@@ -562,6 +569,7 @@ static void send_prefetches(struct sy_gateway *g) {
     struct wish w = some ? g->prefetch[g->prefetch_tail++ % PREFETCH_RING] : (struct wish){0};
     struct as *a = some ? find_as(g, w.asid) : NULL;
     if (a && !a->prefetch_told_ns) a->prefetch_told_ns = now_ns();
+    if (a && !a->dying) frames_for(g, a, w.n);
     pthread_mutex_unlock(&g->lock);
     if (!some) return;
     if (a && (a->dying || command(g, a, SY_CMD_PREFETCH, 0, (uint64_t[6]){w.vpage, w.n}, NULL, 0))) prefetched(g, a, w.n);
