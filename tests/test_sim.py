@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from bus.policy import Transaction
 from bus.runtime import load_policy
 from components.kswapd.sampler import blocks
 from kernel.abi import MSG_DTYPE, OP_DTYPE, lib, names
@@ -192,6 +193,25 @@ class Life(RuleBasedStateMachine):
         completed = np.isin(ops["op"], [lib.SY_OP_RECLAIM]) & (results == lib.SY_R_COMPLETE)
         gone = int(np.sum(1 << ops["order"][completed].astype(int)))
         assert np.count_nonzero(self.m.frames["state"] == FREE) == np.count_nonzero(before["state"] == FREE) + gone
+
+    @rule(data=st.data(), n=st.integers(1, 20))
+    def prefetch(self, data: st.DataObject, n: int) -> None:
+        there = np.flatnonzero(self.m.slots["asid"])
+        if not len(there):
+            return
+        txn = Transaction(self.m.frames)
+        txn.prefetch(self.m.slots, np.array([data.draw(st.sampled_from(there.tolist())) for _ in range(n)]))
+        ops, free = txn.take(), np.count_nonzero(self.m.frames["state"] == FREE)
+        ops["barrier"][0] += data.draw(st.sampled_from([0, 0, 0, 1]))
+        results = self.m.commit(ops)["result"]
+        done = ops["arg"][results == lib.SY_R_COMPLETE].tolist()
+        assert len(set(done)) == len(done) == free - np.count_nonzero(self.m.frames["state"] == FREE)
+        pages = np.searchsorted(self.m.vpages, done)
+        assert (self.m.frame_of[pages] >= 0).all()
+
+    @rule()
+    def window(self) -> None:
+        self.m.end_window()
 
     @rule()
     def listen(self) -> None:
