@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bus.codec import MAX_OPS
 from bus.topics import MESSAGES
-from kernel.abi import OP_DTYPE, lib
+from kernel.abi import HEAT_DTYPE, OP_DTYPE, STORED_DTYPE, lib
 
 Handler = Callable[[NDArray[np.void]], None]
 
@@ -52,6 +52,17 @@ class Transaction:
         """Blocks of the gateway's reserve become free."""
         self.add(lib.SY_OP_RELEASE, pfns, order)
 
+    def prefetch(self, slots: NDArray[np.void], at: NDArray[np.int64]) -> None:
+        """The pages in these slots, in order, back into frames before they are asked for; neighbours in a row are cheapest.
+
+        :param slots: the policy's ``slots``
+        :param at: which, shape (n,)
+        """
+        part = np.zeros(len(at), OP_DTYPE)
+        part["op"], part["pfn"] = lib.SY_OP_PREFETCH, at
+        part["asid"], part["arg"], part["barrier"] = slots["asid"][at], slots["vpage"][at], slots["out"][at]
+        self._parts.append(part)
+
     def take(self) -> NDArray[np.void]:
         """All queued operations, in order, shape (n,); the queue is empty afterwards."""
         parts, self._parts = self._parts, []
@@ -81,6 +92,11 @@ class BasePolicy:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.frames = frames  # struct sy_frame, shape (frames,), read-only
+        # The runtime puts the gateway's in their place before rebuild().
+        # struct sy_heat, shape (frames,), read-only: what the access monitor saw of each frame's page
+        self.heat: NDArray[np.void] = np.zeros(len(frames), HEAT_DTYPE)
+        # struct sy_stored, shape (slots,), read-only: which page each slot of the store has; asid 0: none
+        self.slots: NDArray[np.void] = np.zeros(0, STORED_DTYPE)
         self.header = header  # struct sy_header, read-only
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn

@@ -89,9 +89,9 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
         welcome = ffi.from_buffer("struct sy_welcome[]", data)[0]
         if welcome.status == lib.SY_W_ABI:
             raise BusError(f"ABI {lib.SY_ABI_VERSION} asked, gateway speaks {welcome.abi}: build both from one tree")
-        if welcome.status != lib.SY_W_OK or len(fds) < 2:
+        if welcome.status != lib.SY_W_OK or len(fds) < 4:
             raise BusError(f"the gateway refused the tables to component {component}, uid {os.geteuid()}")
-        return Tables(fds[0], fds[1])
+        return Tables(*fds[:4])
     finally:
         for fd in fds:
             os.close(fd)
@@ -107,7 +107,9 @@ class Runtime:
         self.rebuilds = self.gaps = self.events = 0
         self.tables = fetch_tables(run_dir, COMPONENT_IDS[name])
         self.txn = Transaction(self.tables.frames)
-        self.policy = policy_class(self.tables.frames, self.tables.header, self.tables.nodes, self.txn)
+        t = self.tables
+        self.policy = policy_class(t.frames, t.header, t.nodes, self.txn)
+        self.policy.heat, self.policy.slots = t.heat, t.slots
         self._handlers = handlers_of(self.policy)
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}
@@ -126,7 +128,7 @@ class Runtime:
         answer = self.control.request(
             {
                 "t": "hello", "name": self.name, "implementation": self.implementation, "abi": lib.SY_ABI_VERSION,
-                "pid": os.getpid(), "words": self.policy.words(),
+                "pid": os.getpid(), "words": self.policy.words(), "heat": lib.SY_MSG_HEAT_READY in self._handlers,
             }
         )  # fmt: skip
         self._next = self._promise(answer)

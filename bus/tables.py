@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernel.abi import FRAME_DTYPE, ffi, lib, names
+from kernel.abi import FRAME_DTYPE, HEAT_DTYPE, STORED_DTYPE, ffi, lib, names
 
 MAX_ORDER: int = lib.SY_MAX_ORDER
 # A region is what one block of the highest order covers, 4 MiB. Nodes are whole regions.
@@ -19,20 +19,30 @@ FRAME_STATES: dict[str, int] = {
 
 
 class Tables:
-    """Enclave header and frame table of a gateway, mapped from their read-only descriptors.
+    """Enclave header, frame table, heat array and swap store's slots of a gateway, mapped from their read-only descriptors.
 
     :param header_fd: descriptor of ``struct sy_header``; not closed here
     :param frames_fd: descriptor of ``struct sy_frame[header.frames]``; not closed here
+    :param heat_fd: descriptor of ``struct sy_heat[header.frames]``; not closed here
+    :param slots_fd: descriptor of ``struct sy_stored[header.slots]``; not closed here
     :raises OSError: a descriptor cannot be mapped; ``ValueError``: the table is shorter than the header says
     """
 
-    def __init__(self, header_fd: int, frames_fd: int) -> None:
+    def __init__(self, header_fd: int, frames_fd: int, heat_fd: int, slots_fd: int) -> None:
         self._header_map = mmap.mmap(header_fd, lib.SY_HEADER_BYTES, prot=mmap.PROT_READ)
         self.header: Any = ffi.cast("struct sy_header *", ffi.from_buffer(self._header_map))
         count = self.header.frames
         frames_map = mmap.mmap(frames_fd, count * FRAME_DTYPE.itemsize, prot=mmap.PROT_READ)
         # shape (frames,), indexed by pfn; not writeable, since the mapping is not
         self.frames: NDArray[np.void] = np.frombuffer(frames_map, FRAME_DTYPE, count)
+        heat_map = mmap.mmap(heat_fd, count * HEAT_DTYPE.itemsize, prot=mmap.PROT_READ)
+        self.heat: NDArray[np.void] = np.frombuffer(heat_map, HEAT_DTYPE, count)  # as frames
+        slots = self.header.slots
+        # shape (slots,), indexed by slot; not writeable
+        self.slots: NDArray[np.void] = np.zeros(0, STORED_DTYPE)
+        if slots:
+            slots_map = mmap.mmap(slots_fd, slots * STORED_DTYPE.itemsize, prot=mmap.PROT_READ)
+            self.slots = np.frombuffer(slots_map, STORED_DTYPE, slots)
         # (first pfn, frames) of each node
         self.nodes = [(self.header.node[i].base, self.header.node[i].frames) for i in range(self.header.nodes)]
 

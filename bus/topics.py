@@ -18,8 +18,8 @@ MESSAGES: dict[str, int] = {name: value for value, name in names("SY_MSG_").item
 _MEMBERS: dict[bytes, tuple[str, ...]] = {
     b"mm": ("MM_NEW", "MM_EXIT", "MM_FORK", "MM_EXEC", "MM_MMAP", "MM_MUNMAP", "MM_MREMAP", "MM_MADVISE", "MM_RELEASE"),
     b"page": (
-        "PAGE_FAULT", "PAGE_MAPPED", "PAGE_HINT", "PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_COW", "PAGE_MOVED",
-        "SLOT_FREED", "SLOT_MOVED",
+        "PAGE_FAULT", "PAGE_MAPPED", "PAGE_HINT", "PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_PREFETCHED", "PAGE_COW",
+        "PAGE_MOVED", "SLOT_FREED", "SLOT_MOVED",
     ),
     b"frame": ("PAGE_FREED", "FRAMES_ONLINE", "FRAMES_TAKEN"),
     b"pressure": ("MAGAZINE_LOW", "RESERVE_LOW", "WATERMARK", "OOM", "PRESSURE", "HEAT_READY"),

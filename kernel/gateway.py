@@ -40,6 +40,7 @@ from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_block
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
 from kernel import host
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
+from kernel.heat import Monitor
 
 BATCH = 512  # events in one message: more is hardly faster, and this bounds what a slow subscriber can pile up
 RELAY = 256  # batches carried before requests have their turn; together what the C half's ring can hold
@@ -47,6 +48,7 @@ RELAY = 256  # batches carried before requests have their turn; together what th
 GATHER = 0.01
 GATHER_URGENT = 0.001  # … when among them is what a program will soon want, and the last one carried more than …
 FEW = 8  # events
+SOON = 4  # times the high watermark: with so few frames free, pages may have to leave soon
 LOST_AFTER = 2.0  # seconds without a heartbeat
 TICK = 0.25  # seconds between two looks at the heartbeats
 MAX_TEST = 1 << 16  # events of one post-test: half of the C half's ring
@@ -82,6 +84,7 @@ class Component:
     restarts: int = 0
     since: float = 0.0  # monotonic seconds
     heartbeat: float = 0.0
+    heat: bool = False  # it waits for HEAT_READY
     dump: dict[str, Any] = field(default_factory=dict)
 
     def report(self, now: float) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class Gateway:
     :param run_dir: existing directory, with keys; the sockets appear in it
     :param config: ``{"ram": bytes, "nodes": n, "components": {name: implementation}, "oom": "kill" or "native", "overcommit": bool,
         "swap": bytes of the swap file, 0 for none, "pool": share of RAM for compressed pages before it, 0 to 1,
-        "users": [uid beside root whose programs may join, …]}``
+        "heat_cpu": share of one core for the access monitor, 0 for none, "users": [uid beside root whose programs may join, …]}``
     :raises BusError: the configuration or the machine does not allow it; says what was found
     """
 
@@ -138,7 +141,13 @@ class Gateway:
                 raise BusError(f"config.json has {uid!r} among 'users': they are numbers")
             if lib.sy_gw_admit(self.gw, uid):
                 raise BusError(f"config.json has {len(users)} 'users': at most {lib.SY_MAX_USERS}")
-        self.tables = Tables(lib.sy_gw_header_fd(self.gw), lib.sy_gw_frames_fd(self.gw))
+        self.tables = Tables(
+            *(fd(self.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd))
+        )
+        heat_cpu = codec.field(config, "heat_cpu", float) if "heat_cpu" in config else 0.02
+        if not 0 <= heat_cpu <= 1:
+            raise BusError(f"config.json has 'heat_cpu': {heat_cpu}; it is a share of one core, 0 to 1")
+        self.monitor = Monitor(self.gw, self.tables, heat_cpu, self._heat_needed)
 
         self._events = np.zeros(BATCH, MSG_DTYPE)
         self._events_c = ffi.from_buffer("struct sy_msg[]", self._events)
@@ -168,6 +177,7 @@ class Gateway:
         """Starts the C threads. :raises BusError: they do not start."""
         if (status := lib.sy_gw_start(self.gw)) < 0:
             raise BusError(f"the gateway's threads do not start: {os.strerror(-status)}")
+        self.monitor.start()
 
     def serve(self) -> None:
         """Until ``stop``."""
@@ -232,7 +242,8 @@ class Gateway:
         self._stopping = True
 
     def close(self) -> None:
-        """Ends the C threads and closes and removes the sockets."""
+        """Ends the threads and closes and removes the sockets."""
+        self.monitor.stop()
         lib.sy_gw_stop(self.gw)
         for sock in (self.pub, self.router):
             sock.disable_monitor()
@@ -304,6 +315,14 @@ class Gateway:
         component.state = state
         self._publish_state(component)
         self._post("COMPONENT_UP" if state == "online" else "COMPONENT_LOST", component.id)
+
+    def _heat_needed(self) -> bool:
+        """Does a component wait for it, or may pages have to leave soon? (The monitor's thread asks.)"""
+        header = self.tables.header
+        marks = (header.watermark[node] for node in range(header.nodes))
+        return any(c.heat and c.state == "online" for c in self.components.values()) or bool(
+            header.slots and any(mark.free < SOON * mark.high for mark in marks)
+        )
 
     def _publish_state(self, component: Component) -> None:
         state = STATES.index(component.state)
@@ -396,6 +415,7 @@ class Gateway:
         if not implementation.isidentifier() or len(implementation) > 100:
             raise BusError(f"{implementation!r} is not the name of an implementation")
         self._keep_words(component, header.get("words") or {})
+        component.heat = codec.field(header, "heat", bool) if "heat" in header else False
         now = time.monotonic()
         if component.since:
             component.restarts += 1
@@ -496,6 +516,7 @@ class Gateway:
                 "pool_frames": header.pool_frames, "pool_max": header.pool_max,
             },
             "address_spaces": self._address_spaces(),
+            "heat": self.monitor.report(),
             "reserve": _by_order(levels),
             "refusals": dict(self.refusals),
             "counters": counters | self.counters | {"events_lost": header.events_lost, "event_seq": header.event_seq},

@@ -77,6 +77,12 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
     help="Share of RAM that compressed pages may take before the swap file gets them; 0% for none.",
 )
 @click.option(
+    "--heat-cpu",
+    default="2%",
+    show_default=True,
+    help="Share of one core that finding out which pages are in use may take; 0% for not at all.",
+)
+@click.option(
     "--user",
     "users",
     multiple=True,
@@ -94,6 +100,7 @@ def up(
     overcommit: bool,
     swap: str,
     pool: str,
+    heat_cpu: str,
     users: tuple[str, ...],
     run_dir: str | None,
 ) -> None:
@@ -112,6 +119,7 @@ def up(
         "overcommit": overcommit,
         "swap": life.parse_size(swap) if swap != "0" else 0,
         "pool": life.parse_share("--pool", pool),
+        "heat_cpu": life.parse_share("--heat-cpu", heat_cpu),
         "users": life.parse_users(users),
     }
     life.up(chosen(ctx, run_dir), settings, life.parse_implementations(implementation))

@@ -78,6 +78,22 @@ def seccomp() -> Finding:
     )
 
 
+def access_information(root: Path = Path("/")) -> list[Finding]:
+    """Which source the access monitor uses, and why not the better ones."""
+    try:
+        from kernel.heat import sources
+    except ImportError:  # the C parts are not built
+        return []
+    found = sources(root)
+    used = next(name for name, why in found if why is None)
+    names = {"damon": "DAMON", "page_idle": "page_idle", "hint": "hint faults"}
+    out = [Finding("access information", True, f"from {names[used]}")]
+    for name, why in found:
+        here = "used" if name == used else f"there; {names[used]} comes first"
+        out.append(Finding(names[name], True if why is None else None, why or here))
+    return out
+
+
 def findings() -> list[Finding]:
     """Everything, essentials first."""
     import psutil
@@ -165,10 +181,7 @@ def findings() -> list[Finding]:
         there = test(path)
         out.append(Finding(what, True if there else None, path if there else "not there", "" if there else advice))
 
-    optional(
-        "DAMON", "/sys/kernel/mm/damon/admin", "CONFIG_DAMON_SYSFS: access information then comes from hint faults"
-    )
-    optional("page_idle", "/sys/kernel/mm/page_idle/bitmap", "CONFIG_IDLE_PAGE_TRACKING")
+    out.extend(access_information())
     optional("pressure (PSI)", "/proc/pressure/memory", "boot with psi=1")
     optional(
         "tracepoints", "/sys/kernel/tracing/events/sched", "mount -t tracefs tracefs /sys/kernel/tracing (as root)"

@@ -66,6 +66,13 @@ def status(run_dir: Path, as_json: bool) -> None:
         out.print(
             f"[bold]limit {limit['zone']}[/] {size(limit['used'])} of {size(limit['frames'])}, {limit['members']} programs"
         )
+    h = s["heat"]
+    if h["windows"]:
+        at = "looking" if h["active"] else "nobody needs it now"
+        out.print(
+            f"[bold]heat[/] by {h['source']}, {at}: {h['looked']} frames in the last of {h['windows']} windows ({h['window_ms']} ms), "
+            f"{h['touched']} in use; takes {h['cost_percent']:.2f} % of a core, at most {h['limit_percent']:g} %"
+        )
     out.print("[bold]reserve[/] (order:blocks) " + " ".join(f"{o}:{n}" for o, n in s["reserve"].items() if n))
     t = Table(
         "asid",

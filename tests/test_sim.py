@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from bus.policy import Transaction
 from bus.runtime import load_policy
 from components.kswapd.sampler import blocks
 from kernel.abi import MSG_DTYPE, OP_DTYPE, lib, names
@@ -90,7 +91,7 @@ def test_results() -> None:
     assert commit(
         m, op(m, reclaim, 20), op(m, reclaim, 0, stale=True), op(m, reclaim, 0, 11), op(m, reclaim, len(m.frames)), op(m, reclaim, 1, 1),
         op(m, lib.SY_OP_GRANT, 0), op(m, lib.SY_OP_MIGRATE, 0), op(m, lib.SY_OP_PREFETCH, 0), op(m, 99, 0),
-    ) == ["STALE", "STALE", "INVALID", "INVALID", "INVALID", "NOT_PERMITTED", "NOT_PERMITTED", "INVALID", "INVALID"]  # fmt: skip
+    ) == ["STALE", "STALE", "INVALID", "INVALID", "INVALID", "NOT_PERMITTED", "NOT_PERMITTED", "NOT_FOUND", "INVALID"]  # fmt: skip
     assert (m.frames == before).all()
     # Blocks: all of it or nothing; pages 8 and 9 are followed by free frames.
     assert commit(m, op(m, age, 0, 2), op(m, age, 8, 2), op(m, age, 2)) == ["COMPLETE", "STALE", "STALE"]
@@ -192,6 +193,25 @@ class Life(RuleBasedStateMachine):
         completed = np.isin(ops["op"], [lib.SY_OP_RECLAIM]) & (results == lib.SY_R_COMPLETE)
         gone = int(np.sum(1 << ops["order"][completed].astype(int)))
         assert np.count_nonzero(self.m.frames["state"] == FREE) == np.count_nonzero(before["state"] == FREE) + gone
+
+    @rule(data=st.data(), n=st.integers(1, 20))
+    def prefetch(self, data: st.DataObject, n: int) -> None:
+        there = np.flatnonzero(self.m.slots["asid"])
+        if not len(there):
+            return
+        txn = Transaction(self.m.frames)
+        txn.prefetch(self.m.slots, np.array([data.draw(st.sampled_from(there.tolist())) for _ in range(n)]))
+        ops, free = txn.take(), np.count_nonzero(self.m.frames["state"] == FREE)
+        ops["barrier"][0] += data.draw(st.sampled_from([0, 0, 0, 1]))
+        results = self.m.commit(ops)["result"]
+        done = ops["arg"][results == lib.SY_R_COMPLETE].tolist()
+        assert len(set(done)) == len(done) == free - np.count_nonzero(self.m.frames["state"] == FREE)
+        pages = np.searchsorted(self.m.vpages, done)
+        assert (self.m.frame_of[pages] >= 0).all()
+
+    @rule()
+    def window(self) -> None:
+        self.m.end_window()
 
     @rule()
     def listen(self) -> None:

@@ -14,6 +14,11 @@ SPARED = 64  # the newest frames: whoever has just touched them is still at work
 class Policy(ReclaimPolicy):
     """mru: what came last leaves first, but for the very newest."""
 
+    def rebuild(self) -> None:
+        """What is in use stays, whenever it came."""
+        super().rebuild()
+        self.stamp = -len(self.frames) - 1 - self.stamp
+
     def victims(self, candidates: NDArray[np.int64], count: int, short: bool) -> NDArray[np.int64]:
         old = candidates[self.stamp[candidates] < self.clock - SPARED]
         return oldest(-self.stamp, old, count) if len(old) else candidates[:0]

@@ -28,8 +28,9 @@ class ReclaimPolicy(BasePolicy):
     """
 
     def rebuild(self) -> None:
-        """Nobody knows any more in which order frames were mapped: by address, then."""
-        self.stamp: NDArray[np.int64] = np.arange(len(self.frames), dtype=np.int64) - len(self.frames)
+        """Nobody knows any more in which order frames were mapped: the coldest first, then, and by address."""
+        self.stamp: NDArray[np.int64] = np.empty(len(self.frames), np.int64)
+        self.stamp[np.argsort(self.heat["seen"], kind="stable")] = np.arange(-len(self.frames), 0)
         self.clock = 0
         self.returned: NDArray[np.int64] = np.full(len(self.frames), -1, np.int64)
         self.ahead: dict[int, int] = {}  # by zone

@@ -8,7 +8,7 @@ import numpy as np
 
 from kernel._sylvie import ffi, lib
 
-__all__ = ["FRAME_DTYPE", "MSG_DTYPE", "OP_DTYPE", "dtype_of", "ffi", "lib", "names"]
+__all__ = ["FRAME_DTYPE", "HEAT_DTYPE", "MSG_DTYPE", "OP_DTYPE", "STORED_DTYPE", "dtype_of", "ffi", "lib", "names"]
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -44,3 +44,5 @@ def names(prefix: str) -> dict[int, str]:
 MSG_DTYPE = dtype_of("struct sy_msg")
 FRAME_DTYPE = dtype_of("struct sy_frame")
 OP_DTYPE = dtype_of("struct sy_op")
+HEAT_DTYPE = dtype_of("struct sy_heat")
+STORED_DTYPE = dtype_of("struct sy_stored")

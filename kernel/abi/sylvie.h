@@ -56,7 +56,7 @@ enum sy_msg_type {
   SY_MSG_WATERMARK = 208,     /* node = zone; npages = frames FREE there, or left of that limit; arg: 0 below min, 1 below low, 2 above high again */
   SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
   SY_MSG_PRESSURE = 210,
-  SY_MSG_HEAT_READY = 211,
+  SY_MSG_HEAT_READY = 211,    /* npages = frames that the window looked at; arg = its number: the heat array has them */
   SY_MSG_COMPONENT_UP = 212,  /* arg = component id */
   SY_MSG_COMPONENT_LOST = 213,/* arg = component id */
   SY_MSG_OVERFLOW = 214,      /* asid; arg = messages lost in its channel so far */
@@ -67,6 +67,7 @@ enum sy_msg_type {
   SY_MSG_MM_RELEASE = 220,    /* asid; arg = the system call that needs it, or 0: asked for. The address space turns native */
   SY_MSG_SLOT_FREED = 221,    /* stub -> gateway: vpage, npages, arg = first slot: unmapped while swapped out (pfn none), or fetched into frame pfn */
   SY_MSG_SLOT_MOVED = 222,    /* stub -> gateway: vpage = new, arg = slot: mremap */
+  SY_MSG_PAGE_PREFETCHED = 223, /* asid, vpage, pfn = where it is now; arg as of PAGE_REFAULT: PREFETCH has brought it back */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -119,6 +120,29 @@ struct sy_frame {
   uint64_t reserved[3];
 };
 
+/* ---- heat: is a frame's page in use? ---- */
+enum sy_heat_source { SY_HEAT_NONE = 0, SY_HEAT_HINT = 1, SY_HEAT_PAGE_IDLE = 2, SY_HEAT_DAMON = 3, SY_HEAT_TRACE = 4 };
+/* What the access monitor has seen of the page in a frame, one for each frame. A look says whether the page was touched within one window of
+ * time; all zero when it has not been looked at since it came here. HINT looks at single pages, the others at the folios of the RAM file (2 MiB as a
+ * rule): then one touch warms all frames of the folio. */
+struct sy_heat {
+  uint8_t seen;   /* a bit a look, the latest in bit 7: touched */
+  uint8_t looks;  /* how many of these bits count, at most 8 */
+  uint8_t source; /* of the latest look */
+  uint8_t window; /* … and the number of its window, mod 256 */
+};
+/* The monitor; in the enclave header. */
+struct sy_monitor {
+  uint32_t source;    /* that it uses; NONE: it does not run */
+  uint32_t windows;   /* ended so far */
+  uint32_t active;    /* 1: looking; 0: nobody needs it now */
+  uint32_t looked;    /* frames that the last window looked at */
+  uint32_t touched;   /* … of which were in use */
+  uint32_t cost_ppm;  /* CPU time of the last windows, its own and what it made programs spend, as millionths of one core */
+  uint32_t limit_ppm; /* … that it keeps within */
+  uint32_t window_ms; /* length of the last */
+};
+
 /* ---- page table words ---- */
 enum sy_pte_state {
   SY_PTE_NONE = 0,
@@ -152,6 +176,7 @@ struct sy_channel {
   struct sy_slot slots[SY_CHANNEL_SLOTS];
 };
 #define SY_SERVICE_THREADS 2
+#define SY_HANDS 3                   /* who takes blocks from a magazine: the fault threads, and the command thread for PREFETCH */
 /* Completion of a command: id = the command's id once done. */
 struct sy_cmd_done { uint64_t id; int64_t result; };
 #define SY_CMD_SLOTS 64
@@ -160,8 +185,8 @@ struct sy_as_ctl {
   uint32_t magic;
   uint32_t abi;
   uint32_t mag_head[16];            /* per order: blocks taken from the magazine so far (free-running) */
-  uint32_t in_hand[SY_SERVICE_THREADS]; /* block being mapped: pfn; SY_NO_FRAME = none. Written before mag_head moves */
-  uint32_t in_hand_order[SY_SERVICE_THREADS];
+  uint32_t in_hand[SY_HANDS]; /* block being mapped: pfn; SY_NO_FRAME = none. Written before mag_head moves */
+  uint32_t in_hand_order[SY_HANDS];
   uint32_t fork_active;
   uint32_t fork_done;               /* futex: the child has copied */
   uint32_t mag_low_sent;            /* bit per order: MAGAZINE_LOW sent, not refilled since */
@@ -187,9 +212,9 @@ struct sy_as_ctl {
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
- * result = pages. */
+ * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages. */
 #define SY_EVICT_RUNS 2048
 struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
@@ -246,12 +271,14 @@ struct sy_header {
   uint32_t slots_used;
   uint32_t pool_max;                 /* frames that compressed pages may take */
   uint32_t pool_frames;              /* … and take now */
+  struct sy_monitor monitor;
 };
 #define SY_HEADER_BYTES 4096
 /* When a page is touched and nothing is left: its program gets native memory; or, as Linux does it, the program with the most frames
  * is ended (and a mapping larger than the enclave is refused). */
 enum sy_oom { SY_OOM_NATIVE = 0, SY_OOM_KILL = 1 };
-/* One page in the swap store; an array of these is a memfd that the gateway writes and stubs read. While a page-table word names a slot it
+/* One page in the swap store; an array of these is a memfd that the gateway writes, and stubs and components read. out: pages swapped out before it,
+ * and the barrier of a slot: no other page has it. While a page-table word names a slot it
  * stays as it is, so a stub may fetch the page by itself from the RAM file: size bytes (an LZ4 block; 8: a word that is repeated) at offset from
  * frame pfn on. size 0: zeros. size SY_PAGE_SIZE: in the swap file, which only the gateway has; pfn and offset are a sum of it. */
 struct sy_stored { uint32_t asid; uint32_t vpage; uint32_t out; uint32_t pfn; uint32_t offset; uint32_t size; };
@@ -270,7 +297,8 @@ enum sy_counter {
   SY_CNT_REFUSED = 5, SY_CNT_BAD_CLAIMS = 6, SY_CNT_NOTIFICATIONS = 7, SY_CNT_CONTINUED = 8, SY_CNT_OVERFLOWS = 9,
   SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14,
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
-  SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22
+  SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
+  SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -290,7 +318,9 @@ enum sy_result {
 enum sy_component_id { SY_C_NONE = 0, SY_C_BUDDY = 1, SY_C_KSWAPD = 2, SY_C_KSM = 3, SY_C_THP = 4, SY_C_AUTONUMA = 5, SY_C_SCHED = 6 };
 /* uid that component id N runs as: BASE + N */
 #define SY_COMPONENT_UID_BASE 64200
-/* One operation, 32 bytes. barrier = the barrier of frame[pfn] that the decision was made on. */
+#define SY_PREFETCH_PAGES 32 /* neighbours that one command of a stub brings back */
+/* One operation, 32 bytes. barrier = the barrier of frame[pfn] that the decision was made on. PREFETCH: of asid's page arg, which is in slot pfn, whose
+ * `out` is the barrier; order 0. */
 struct sy_op {
   uint16_t op;
   uint16_t order;
@@ -310,7 +340,7 @@ enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT 
 /* STUB: arg = frames of its limit, 0 for none; group names who shares it. */
 struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; uint64_t group; };
 enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3, SY_W_LIMITS = 4 /* no more of them, or a wrong one */ };
-/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames. */
+/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */

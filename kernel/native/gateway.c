@@ -107,6 +107,7 @@ struct as {
   uint32_t evict_tail, evict_sent, evict_done; /* of mag->evict: decided (under lock); told, and carried out (server thread) */
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
   int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
+  uint64_t prefetching, prefetch_told_ns; /* pages that it is to bring back, or was told to; when it was told last (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
@@ -139,6 +140,10 @@ struct taken { uint32_t asid; struct sy_run run; };
 struct standby { uint32_t pfn, barrier, aged; };
 #define STANDBY_RING 32768
 
+/* Pages that kswapd wants back, of one address space and one after the other. */
+struct wish { uint32_t asid, vpage, n; };
+#define PREFETCH_RING 1024
+
 /* The shared memory of one address space. */
 struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
 
@@ -148,8 +153,9 @@ struct sy_gateway {
   struct sy_node node[SY_MAX_NODES];
   int ram_fd[SY_MAX_NODES];
   uint8_t *ram[SY_MAX_NODES];
-  int frames_fd, frames_ro, header_fd, header_ro, bell_fd;
+  int frames_fd, frames_ro, header_fd, header_ro, heat_fd, heat_ro, bell_fd;
   struct sy_frame *frames;
+  struct sy_heat *heat;   /* of each frame; under lock */
   struct sy_header *hdr;
   struct sy_bell *bell;
 
@@ -195,6 +201,8 @@ struct sy_gateway {
   uint32_t store_head, store_tail;
   struct standby *standby[SY_MAX_ZONES]; /* [STANDBY_RING] */
   uint32_t standby_head[SY_MAX_ZONES], standby_tail[SY_MAX_ZONES];
+  struct wish *prefetch;  /* [PREFETCH_RING]: pages to bring back */
+  uint32_t prefetch_head, prefetch_tail;
   int reclaiming[SY_MAX_ZONES]; /* below low, and not above high since */
   pthread_cond_t store_work;
   pthread_t storer;
@@ -335,6 +343,7 @@ static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) 
     f->asid = 0, f->vpage = 0, f->refcount = 0;
     f->flags = zero ? SY_FF_ZERO : 0;
   }
+  memset(g->heat + pfn, 0, n * sizeof *g->heat);
   set_state(g, pfn, n, SY_FRAME_FREE, 0);
   set_free_bits(g, pfn, n, 1);
 }
@@ -531,7 +540,7 @@ static int make_pair(struct pair *p) {
   struct sy_as_ctl *ctl = (void *)(p->mem + SY_AS_CTL_OFF);
   struct sy_channel *ch = (void *)(p->mem + SY_AS_CHANNEL_OFF);
   ctl->magic = SY_MAGIC, ctl->abi = SY_ABI_VERSION;
-  for (int i = 0; i < SY_SERVICE_THREADS; i++) ctl->in_hand[i] = SY_NO_FRAME;
+  for (int i = 0; i < SY_HANDS; i++) ctl->in_hand[i] = SY_NO_FRAME;
   for (uint64_t i = 0; i < SY_CHANNEL_SLOTS; i++) ch->slots[i].turn = i;
   p->mag->magic = SY_MAGIC, p->mag->abi = SY_ABI_VERSION;
   return 0;
@@ -676,6 +685,7 @@ static uint64_t drain_magazines(struct sy_gateway *g, uint32_t zone) {
 }
 #include "gateway_store.h"
 #include "gateway_swap.h"
+#include "gateway_heat.h"
 
 static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
   m.asid = a->asid;
@@ -719,7 +729,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     if (m.pfn != SY_NO_FRAME && !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) return bad(g, a);
     for (uint32_t i = 0; i < m.npages; i++) {
       if (!slot_is(g, a, m.arg + i)) return bad(g, a);
-      if (m.pfn != SY_NO_FRAME) came_back(g, a, m.vpage + i, m.pfn + i, (uint32_t)m.arg + i);
+      if (m.pfn != SY_NO_FRAME) came_back(g, a, m.vpage + i, m.pfn + i, (uint32_t)m.arg + i, m.order);
       slot_free(g, (uint32_t)m.arg + i), a->swapped--;
     }
     if (m.pfn != SY_NO_FRAME) return; /* PAGE_REFAULT says it */
@@ -770,7 +780,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
     struct sy_mag_ring *r = &a->mag->ring[o];
     for (uint32_t h = r->tail - mag_level(a, o); h != r->tail; h++) name_block(g, named, r->slot[h % SY_MAG_SLOTS], 1u << o);
   }
-  for (int i = 0; i < SY_SERVICE_THREADS; i++) name_block(g, named, a->ctl->in_hand[i], 1u << (a->ctl->in_hand_order[i] % 10));
+  for (int i = 0; i < SY_HANDS; i++) name_block(g, named, a->ctl->in_hand[i], 1u << (a->ctl->in_hand_order[i] % 10));
   if (a->resync_pass == 0) {
     uint64_t n = 0;
     for (uint32_t f = a->list; f != NONE; f = g->fnext[f])

@@ -15,6 +15,8 @@ int sy_gw_event_fd(struct sy_gateway *gw);          /* readable when events wait
 int sy_gw_urgent_fd(struct sy_gateway *gw);         /* … and there is one among them that a component should see now */
 int sy_gw_header_fd(struct sy_gateway *gw);         /* read-only descriptors of the tables, for this process's own use */
 int sy_gw_frames_fd(struct sy_gateway *gw);
+int sy_gw_heat_fd(struct sy_gateway *gw);
+int sy_gw_slots_fd(struct sy_gateway *gw);
 /* Takes up to max events, in order, seqnum ascending by one (a jump = events were lost). Number taken. */
 int sy_gw_events(struct sy_gateway *gw, struct sy_msg *out, int max);
 /* Appends one event from Python (COMPONENT_UP, TEST, …). */
@@ -39,6 +41,12 @@ int sy_gw_admit(struct sy_gateway *gw, uint32_t uid);
 /* Asks an address space to turn native; its end (MM_EXIT) follows. 0 or -ESRCH. */
 int sy_gw_release(struct sy_gateway *gw, uint32_t asid);
 
+/* The access monitor's hands. sample: of the n MAPPED frames pfn[i] those that may be are taken away for a touch to show, as by AGE, unless they have been
+ * already; those that are stay in pfn, barrier says as of when. Number. look: were they touched? touched NULL: not if they are as sample left them. What has
+ * changed since (barrier NULL: what is not MAPPED) has no look. Number that was touched; *looked is out. window: ends one, HEAT_READY follows. */
+uint32_t sy_gw_sample(struct sy_gateway *gw, uint32_t *pfn, uint32_t *barrier, uint32_t n);
+uint32_t sy_gw_look(struct sy_gateway *gw, const uint32_t *pfn, const uint32_t *barrier, const uint8_t *touched, uint32_t n, uint32_t source, uint32_t *looked);
+void sy_gw_monitor(struct sy_gateway *gw, const struct sy_monitor *m);
 /* The pool's caches, in ascending order of size: SY_SLAB_CACHES of them. */
 int sy_gw_slabinfo(struct sy_gateway *gw, struct sy_slab_info *out);
 int sy_gw_as_list(struct sy_gateway *gw, struct sy_as_info *out, int max);

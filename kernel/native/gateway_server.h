@@ -196,7 +196,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   if (h.kind == SY_HELLO_COMPONENT && n == 0) {
     int ok = h.arg >= SY_C_BUDDY && h.arg <= SY_C_SCHED && (cred.uid == 0 || cred.uid == SY_COMPONENT_UID_BASE + h.arg);
     if (!ok) count(g, SY_CNT_BAD_HELLOS, 1);
-    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro}, ok ? 2 : 0);
+    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro, g->heat_ro, g->slots_ro}, ok ? 4 : 0);
     goto refuse; /* it has what it needs */
   }
   if (h.kind == SY_HELLO_KEEPER && n == 2 && is_fd(fd[0], "anon_inode:seccomp notify")) {
@@ -334,6 +334,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
         memcpy(p->tids, a->tids, sizeof p->tids);
       } else {
         if (p->cmd_id) a->outstanding--;
+        if (p->op == SY_CMD_PREFETCH) prefetched(g, a, p->args[1]);
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
@@ -557,6 +558,27 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
+/* Frames in the magazine for all that it is to bring back, in blocks of their size, and as many for its faults, if there are (under lock). */
+static void frames_for(struct sy_gateway *g, struct as *a, uint32_t n) {
+  int order = 31 - __builtin_clz(n);
+  uint64_t have = 0;
+  for (int o = 0; o <= order; o++) have += (uint64_t)mag_level(a, o) << o;
+  for (uint32_t k = 1; k && have < a->prefetching + n; have += k) k = give(g, a, order);
+}
+/* What is to come back, each stub is told at once: it does so between the program's own memory calls. */
+static void send_prefetches(struct sy_gateway *g) {
+  for (;;) {
+    pthread_mutex_lock(&g->lock);
+    int some = g->prefetch_tail != g->prefetch_head;
+    struct wish w = some ? g->prefetch[g->prefetch_tail++ % PREFETCH_RING] : (struct wish){0};
+    struct as *a = some ? find_as(g, w.asid) : NULL;
+    if (a && !a->prefetch_told_ns) a->prefetch_told_ns = now_ns();
+    if (a && !a->dying) frames_for(g, a, w.n);
+    pthread_mutex_unlock(&g->lock);
+    if (!some) return;
+    if (a && (a->dying || command(g, a, SY_CMD_PREFETCH, 0, (uint64_t[6]){w.vpage, w.n}, NULL, 0))) prefetched(g, a, w.n);
+  }
+}
 /* What is to leave: each stub is told, and as soon as it has done that, of the next. Returns whether to look again soon. */
 #define EVICT_AT_ONCE 128 /* runs: the program's own memory calls wait meanwhile */
 static int send_evictions(struct sy_gateway *g) {
@@ -575,6 +597,7 @@ static int send_evictions(struct sy_gateway *g) {
     pthread_mutex_unlock(&g->lock);
     if (command(g, a, SY_CMD_EVICT, 0, (uint64_t[6]){from, to}, NULL, 0)) evicted(g, a, from, to); /* (no memory: as if it had found nothing there) */
   }
+  send_prefetches(g);
   return again;
 }
 /* A vfork child outlives its killed parent in the same memory, where nobody serves its faults any more. What takes neither frames nor the store
@@ -751,8 +774,7 @@ int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
 static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: who may */
   switch (op) {
   case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_RECLAIM: case SY_OP_AGE: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_RECLAIM: case SY_OP_AGE: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_INVALID : SY_R_NOT_PERMITTED;
@@ -772,6 +794,7 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
     a->mag->fault_order = op->order, a->mag->fault_order_max = (uint32_t)op->arg;
     return SY_R_COMPLETE;
   }
+  if (op->op == SY_OP_PREFETCH) return op->order || op->pfn >= g->hdr->slots || op->arg >= SY_ARENA_PAGES ? SY_R_INVALID : prefetch(g, op);
   uint32_t n = op->order <= SY_MAX_ORDER ? 1u << op->order : 0;
   if (!n || (op->op == SY_OP_GRANT && op->order > SY_HUGE_ORDER) || op->pfn >= g->nframes || op->pfn % n || n > g->nframes - op->pfn) return SY_R_INVALID;
   if (op->op == SY_OP_GRANT) {
@@ -1024,7 +1047,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   struct sy_gateway *g = calloc(1, sizeof *g);
   if (!g) return NULL;
 #define FAIL(...) do { snprintf(err, errlen, __VA_ARGS__); sy_gw_stop(g); return NULL; } while (0)
-  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->bell_fd = g->ev_fd = g->urgent_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
+  g->frames_fd = g->frames_ro = g->header_fd = g->header_ro = g->heat_fd = g->heat_ro = g->bell_fd = g->ev_fd = g->urgent_fd = g->ep = g->listen_fd = g->poke_fd = g->spare_fd = -1;
   g->lobby_end = &g->lobby, g->swap_fd = g->slots_fd = g->slots_ro = -1;
   pthread_cond_init(&g->store_work, NULL);
   for (int i = 0; i < SY_MAX_NODES; i++) g->ram_fd[i] = -1;
@@ -1037,17 +1060,18 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   snprintf(g->sock_path, sizeof g->sock_path, "%s/gateway.sock", g->run_dir);
 
   g->frames_fd = make_memfd("sylvie-frames", g->nframes * sizeof(struct sy_frame)), g->header_fd = make_memfd("sylvie-header", SY_HEADER_BYTES);
-  g->bell_fd = make_memfd("sylvie-bell", SY_BELL_BYTES);
-  if (g->frames_fd < 0 || g->header_fd < 0 || g->bell_fd < 0) FAIL("cannot make the tables: %s", strerror(errno));
-  g->frames_ro = reopen_ro(g->frames_fd), g->header_ro = reopen_ro(g->header_fd);
+  g->bell_fd = make_memfd("sylvie-bell", SY_BELL_BYTES), g->heat_fd = make_memfd("sylvie-heat", g->nframes * sizeof *g->heat);
+  if (g->heat_fd < 0 || g->frames_fd < 0 || g->header_fd < 0 || g->bell_fd < 0) FAIL("cannot make the tables: %s", strerror(errno));
+  g->frames_ro = reopen_ro(g->frames_fd), g->header_ro = reopen_ro(g->header_fd), g->heat_ro = reopen_ro(g->heat_fd);
   g->frames = mmap(NULL, g->nframes * sizeof(struct sy_frame), PROT_READ | PROT_WRITE, MAP_SHARED, g->frames_fd, 0);
+  g->heat = mmap(NULL, g->nframes * sizeof *g->heat, PROT_READ | PROT_WRITE, MAP_SHARED, g->heat_fd, 0);
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
-  g->store = malloc(STORE_RING * sizeof *g->store), g->zpool = calloc(1, sizeof *g->zpool);
+  g->store = malloc(STORE_RING * sizeof *g->store), g->prefetch = malloc(PREFETCH_RING * sizeof *g->prefetch), g->zpool = calloc(1, sizeof *g->zpool);
   if (g->zpool) g->zpool->slab = calloc(g->nframes, sizeof *g->zpool->slab);
   for (int i = 0; g->zpool && i < SY_SLAB_CACHES; i++) g->zpool->cache[i].partial = NONE;
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->heat_ro < 0 || g->heat == MAP_FAILED || !g->prefetch || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};

@@ -235,9 +235,9 @@ static void answer_store(struct as *a, uint32_t waiter, int error) {
   __atomic_store_n(&a->mag->store_seq[waiter], a->mag->store_seq[waiter] + 1, __ATOMIC_SEQ_CST);
   futex_wake_all(&a->mag->store_seq[waiter]);
 }
-static void came_back(struct sy_gateway *g, struct as *a, uint64_t vpage, uint32_t pfn, uint32_t slot) {
-  event(g, (struct sy_msg){.type = SY_MSG_PAGE_REFAULT, .asid = a->asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = g->frames[pfn].node, .arg = g->swapped_out - g->slot[slot].out});
-  count(g, SY_CNT_SWAPPED_IN, 1);
+static void came_back(struct sy_gateway *g, struct as *a, uint64_t vpage, uint32_t pfn, uint32_t slot, int prefetched) {
+  event(g, (struct sy_msg){.type = prefetched ? SY_MSG_PAGE_PREFETCHED : SY_MSG_PAGE_REFAULT, .asid = a->asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = g->frames[pfn].node, .arg = g->swapped_out - g->slot[slot].out});
+  count(g, SY_CNT_SWAPPED_IN, 1), count(g, SY_CNT_PREFETCHED, prefetched != 0);
 }
 static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request *q) {
   uint32_t n = q->tids[0], pfn = q->tids[1], slot[SY_CHUNK_PAGES], k = 0;
@@ -259,7 +259,7 @@ static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request 
       g->slot[slot[i]].asid = a->asid;
       continue;
     }
-    came_back(g, a, q->vpage + i, pfn + i, slot[i]);
+    came_back(g, a, q->vpage + i, pfn + i, slot[i], q->order == SY_SERVICE_THREADS);
     slot_free(g, slot[i]), a->swapped--;
   }
   if (error) count(g, SY_CNT_STORE_ERRORS, 1);

@@ -384,6 +384,10 @@ static void run_command(const volatile struct sy_cmd *c) {
     r = mode == MANAGED ? evict_for_store((uint32_t)a[0], (uint32_t)a[1]) : 0;
     unlock();
     if (r) look_at_threads(1); /* and only then it is done: until then the words name the frames */
+  } else if (c->op == SY_CMD_PREFETCH) {
+    lock_and_serve();
+    r = mode == MANAGED ? prefetch((uint64_t)a[0], (uint64_t)a[1]) : 0;
+    unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
     if (needs_release(c->nr, a)) {

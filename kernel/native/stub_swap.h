@@ -105,7 +105,7 @@ static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   }
 }
 /* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
-static uint8_t packed[SY_SERVICE_THREADS][SY_PACKED_MAX + UNPACK_SLACK], unpacked[SY_SERVICE_THREADS][(PS << READ_AHEAD_ORDER) + UNPACK_SLACK];
+static uint8_t packed[SY_HANDS][SY_PACKED_MAX + UNPACK_SLACK], unpacked[SY_HANDS][(PS << READ_AHEAD_ORDER) + UNPACK_SLACK];
 static int in_pool(uint64_t slot) { return slot < hdr->slots && slots[slot].size < PS; }
 static int fetch_packed(int me, const uint32_t *slot, uint64_t n, uint32_t pfn) {
   for (uint64_t i = 0; i < n; i++) {
@@ -126,10 +126,10 @@ static int fetch_packed(int me, const uint32_t *slot, uint64_t n, uint32_t pfn) 
   return SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], n * PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)(n * PS) ? 0 : EIO;
 }
 /* Slots that we have fetched from are the gateway's again; the pages are in frames from pfn on. */
-static void slots_done(uint64_t p, const uint32_t *slot, uint64_t n, uint32_t pfn) {
+static void slots_done(int me, uint64_t p, const uint32_t *slot, uint64_t n, uint32_t pfn) {
   for (uint64_t i = 0, k; i < n; i += k) {
     for (k = 1; i + k < n && slot[i + k] == slot[i] + k;) k++;
-    post(SY_MSG_SLOT_FREED, p + i, pfn + (uint32_t)i, k, 0, slot[i], 0);
+    post(SY_MSG_SLOT_FREED, p + i, pfn + (uint32_t)i, k, me == SY_SERVICE_THREADS, slot[i], 0);
   }
 }
 static int stored(uint64_t p, uint8_t a) {
@@ -177,13 +177,23 @@ static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t p
   STORE(ctl->in_hand[me], SY_NO_FRAME);
   long r = map_frames(p, pfn, n, prot);
   post(SY_MSG_PAGE_MAPPED, p, pfn, n, order, 0, 0);
-  if (ours) slots_done(p, slot, n, pfn);
+  if (ours) slots_done(me, p, slot, n, pfn);
   if (r < 0) { /* too many mappings: the content stays in the frames */
     for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
     hand_over(me), nap(1000);
   } else
     back_again(p, pfn, n, prot);
   return 0;
+}
+/* Page p, which is locked and was in slot[0], and those up to max pages from it on that are stored alike: locked, too. Number. */
+static uint64_t lock_alike(uint64_t p, uint64_t max, uint32_t *slot, word_t flags, int ours) {
+  uint64_t n = 1;
+  for (uint8_t a = attr[p]; n < max && stored(p + n, a); n++) { /* (another thread may be at work there) */
+    word_t x = LOAD(pte[p + n]);
+    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
+    slot[n] = (uint32_t)(x >> SY_PTE_PFN_SHIFT);
+  }
+  return n;
 }
 /* A touch of a page that was taken away. Fault thread. */
 static void swap_in(int me, uint64_t p, int write) {
@@ -203,15 +213,10 @@ static void swap_in(int me, uint64_t p, int write) {
   }
   word_t flags = w & (SY_PTE_STALE | W_KPROT);
   static uint8_t alone[SY_SERVICE_THREADS]; /* after an error: for so many faults a page comes by itself, as only a neighbour may be unreadable */
-  uint64_t n = 1, max = alone[me] ? alone[me]--, 1 : 1ull << read_ahead(p, a);
+  uint64_t most = alone[me] ? alone[me]--, 1 : 1ull << read_ahead(p, a);
   uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)};
   int ours = in_pool(slot[0]);
-  while (n < max && stored(p + n, a)) { /* (another thread may be at work there) */
-    word_t x = LOAD(pte[p + n]);
-    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
-    slot[n++] = (uint32_t)(x >> SY_PTE_PFN_SHIFT);
-  }
-  uint64_t done = 0;
+  uint64_t n = lock_alike(p, most, slot, flags, ours), done = 0;
   int e = 0;
   for (uint32_t pfn; done < n; done += 1ull << got) { /* in as many pieces as frames come in: one fault is dearer than some mappings */
     int order = 63 - __builtin_clzll(n - done);
@@ -222,6 +227,32 @@ static void swap_in(int me, uint64_t p, int write) {
   /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
   if (e > 0) alone[me] = 64, hand_over(me), nap(10000);
   if (done || e > 0) wake(p, n);
+}
+
+/* PREFETCH: stored pages of [p, p + n) come back before they are asked for, in what frames are ready; who touches one meanwhile waits for it. What
+ * cannot be brought back stays for its own fault. Command thread, under mm_lock. Number. */
+static long prefetch(uint64_t p, uint64_t n) {
+  const int me = SY_SERVICE_THREADS;
+  long back_now = 0;
+  if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) return 0;
+  for (uint64_t end = p + n, k; p < end; p += k) {
+    k = 1;
+    word_t w = LOAD(chunks[p / SY_CHUNK_PAGES]) ? LOAD(pte[p]) : 0;
+    if (!may(attr[p], 0) || !stored(p, attr[p]) || (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || !CAS(pte[p], &w, locked(w))) continue;
+    word_t flags = w & (SY_PTE_STALE | W_KPROT);
+    uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)}, pfn = 0;
+    int ours = in_pool(slot[0]), got = 0, e = 0;
+    uint64_t done = 0, max = end - p < 1 << READ_AHEAD_ORDER ? end - p : 1 << READ_AHEAD_ORDER;
+    for (k = lock_alike(p, max, slot, flags, ours); done < k; done += 1ull << got) {
+      pfn = ready_frames(me, 63 - __builtin_clzll(k - done), &got);
+      if (pfn == SY_NO_FRAME || (e = piece(me, p + done, slot + done, got, pfn, kprot(attr[p]), flags, ours))) break;
+    }
+    store_again(p + done, k - done, flags);
+    wake(p, k);
+    back_now += (long)done;
+    if (pfn == SY_NO_FRAME || e) break;
+  }
+  return back_now;
 }
 
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in

@@ -241,6 +241,11 @@ static void commit(void) {
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
     op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : 0;
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
+    if (op[i].op == SY_OP_PREFETCH && aimed & 16) { /* of a page that is in the store, as a rule */
+      uint32_t s = (uint32_t)take(1) % G->hdr->slots;
+      for (uint32_t k = 0; k < G->hdr->slots && !G->slot[s].asid; k++) s = (s + 1) % G->hdr->slots;
+      op[i].order = 0, op[i].pfn = s, op[i].asid = G->slot[s].asid, op[i].arg = G->slot[s].vpage, op[i].barrier = G->slot[s].out + !(take(1) % 8);
+    }
     if (op[i].pfn < FRAMES) last_barrier = G->frames[op[i].pfn].barrier;
   }
   uint32_t who = aimed & 0x80 ? SY_C_BUDDY : aimed & 0x40 ? SY_C_KSWAPD : (uint32_t)(aimed >> 2);
@@ -298,7 +303,7 @@ static void scribble(struct as *a, int what) {
     break;
   }
   case 11: a->ctl->mag_head[take(1) % 16] += (uint32_t)number(); break;
-  case 12: a->ctl->in_hand[take(1) % 2] = a_pfn(a), a->ctl->in_hand_order[take(1) % 2] = (uint32_t)number(); break;
+  case 12: a->ctl->in_hand[take(1) % SY_HANDS] = a_pfn(a), a->ctl->in_hand_order[take(1) % SY_HANDS] = (uint32_t)number(); break;
   case 13: a->chan->overflow += take(1); break;
   case 14: /* dirties frames that it owns */
     for (uint32_t f = a->list, k = (uint32_t)take(1); f != NONE && k; f = G->fnext[f], k--) memset(frame_mem(G, f), 0xee, 8);
@@ -317,6 +322,10 @@ static void run_storer(void) {
       const struct sy_cmd *c = NULL;
       for (int k = 0; k < SY_CMD_SLOTS && !c; k++)
         if (a->mag->cmd[k].id == id) c = &a->mag->cmd[k];
+      if (c && c->op == SY_CMD_PREFETCH && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        MUST(c->args[1] && c->args[1] <= SY_PREFETCH_PAGES && c->args[0] + c->args[1] <= SY_ARENA_PAGES, "a stub is told to bring back page %lu, %lu of them", c->args[0], c->args[1]);
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, 0};
+      }
       if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
       for (uint32_t r = (uint32_t)c->args[0]; r != (uint32_t)c->args[1]; r++) {
         struct sy_run run = a->mag->evict[r % SY_EVICT_RUNS];
@@ -404,6 +413,18 @@ static void step(int what) {
   }
   case 22: if (!busy) { char text[256]; sy_gw_check(G, text, b % sizeof text); } break;
   case 23: take_answers(p); break;
+  case 31: { /* the access monitor: a window, with a step of its own in between */
+    uint32_t pfn[4], barrier[4], n = 1 + (uint32_t)(b >> 2) % 4, looked;
+    uint8_t touched[4] = {1, 0, 1, 0};
+    if (busy) break;
+    for (uint32_t i = 0; i < n; i++) pfn[i] = a_pfn(as_of(p));
+    uint32_t k = sy_gw_sample(G, pfn, barrier, n);
+    MUST(k <= n, "%u of %u frames are sampled", k, n);
+    if (b & 64) scribble(as_of(p), (int)take(1) % 16);
+    uint32_t warm = sy_gw_look(G, pfn, barrier, b & 128 ? touched : NULL, k, SY_HEAT_HINT, &looked);
+    MUST(warm <= looked && looked <= k, "%u warm of %u looked at of %u", warm, looked, k);
+    break;
+  }
   default: for (uint64_t n = 1 + b / 64; n; n--) scribble(as_of(p), (int)take(1) % 16); break;
   }
 }
@@ -435,6 +456,7 @@ static DULL void tables_are_sound(void) {
     used += G->slot[s].asid != 0;
   }
   MUST(used == G->hdr->slots_used, "%u slots are counted, %lu are used", G->hdr->slots_used, used);
+  for (uint32_t f = 0; f < FRAMES; f++) MUST(G->frames[f].state == SY_FRAME_MAPPED || !G->heat[f].looks || G->frames[f].asid, "frame %u, which nobody has, is hot", f);
   for (uint32_t f = 0; f < FRAMES; f++) marked += (G->frames[f].flags & SY_FF_SWAPPING) != 0;
   MUST(marked == G->swapping, "%lu frames on their way are counted, %lu are marked", G->swapping, marked);
   for (uint32_t i = 0; i < G->nas; i++) {
@@ -442,6 +464,10 @@ static DULL void tables_are_sound(void) {
     for (uint32_t f = 0; f < FRAMES; f++) leaving += G->frames[f].flags & SY_FF_SWAPPING && G->frames[f].asid == G->as[i]->asid;
     MUST(leaving == G->as[i]->leaving, "address space %u counts %lu frames on their way, %lu are", G->as[i]->asid, G->as[i]->leaving, leaving);
     for (uint32_t s = 0; s < G->hdr->slots; s++) slots += G->slot[s].asid == G->as[i]->asid;
+    uint64_t coming = 0;
+    for (uint32_t k = G->prefetch_tail; k != G->prefetch_head; k++) coming += G->prefetch[k % PREFETCH_RING].asid == G->as[i]->asid ? G->prefetch[k % PREFETCH_RING].n : 0;
+    for (int k = 0; k < G->npend; k++) coming += G->pend[k].as == G->as[i] && G->pend[k].op == SY_CMD_PREFETCH ? G->pend[k].args[1] : 0;
+    MUST(coming == G->as[i]->prefetching, "address space %u counts %lu pages to bring back, %lu are", G->as[i]->asid, G->as[i]->prefetching, coming);
     MUST(slots == G->as[i]->swapped, "address space %u counts %lu slots, %lu are", G->as[i]->asid, G->as[i]->swapped, slots);
     for (uint32_t f = G->as[i]->list; f != NONE; f = G->fnext[f]) mapped += G->frames[f].state == SY_FRAME_MAPPED;
     MUST(mapped == G->as[i]->mapped, "address space %u counts %lu mapped, %lu are", G->as[i]->asid, G->as[i]->mapped, mapped);

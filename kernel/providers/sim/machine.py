@@ -1,7 +1,8 @@
 """One address space on frames that do not exist: who has which frame, what is in the store, what a transaction does to it.
 
 As the gateway does it (kernel/native/gateway_swap.h, gateway_server.h), with these differences: a page that leaves is in the store at
-once, a frame goes from FREE to MAPPED without a magazine, and a fault brings one page, no neighbours.
+once, a page that PREFETCH brings back is there at once, a frame goes from FREE to MAPPED without a magazine, and a fault brings one page, no
+neighbours. The heat array is filled from the accesses themselves: as by hint faults, some frames a window, but their touches cost nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bus.tables import FRAME_STATES, frames_by_state
-from kernel.abi import FRAME_DTYPE, MSG_DTYPE, ffi, lib
+from kernel.abi import FRAME_DTYPE, HEAT_DTYPE, MSG_DTYPE, STORED_DTYPE, ffi, lib
 
 FREE, MAPPED = FRAME_STATES["free"], FRAME_STATES["mapped"]
 ASID = 1
@@ -23,6 +24,7 @@ LEAST = 16  # frames of a node: with fewer there would be no room between the wa
 BY_ITSELF = (
     1024  # frames that the gateway reclaims at once when none is free, at most (refill_urgent in gateway_server.h)
 )
+SAMPLED = 8  # of the frames the 1/SAMPLED are looked at in one window
 GONE = -1  # in no frame
 # What kswapd may not do, and what nobody can (permitted() in gateway_server.h); all others are INVALID.
 FORBIDDEN = {lib.SY_OP_GRANT, lib.SY_OP_RESERVE, lib.SY_OP_RELEASE, lib.SY_OP_FAULT_ORDER, lib.SY_OP_COLLAPSE,
@@ -66,7 +68,12 @@ class Machine:
         self.page_of = np.full(frames, GONE, np.int64)  # the page in each frame
         self.frame_of = np.full(len(self.vpages), GONE, np.int64)  # the frame of each page
         self.slot_of = np.full(len(self.vpages), GONE, np.int64)  # the slot of each page
-        self.left = np.zeros(len(self.vpages), np.int64)  # pages that had been swapped out when this one was
+        self.heat: NDArray[np.void] = np.zeros(frames, HEAT_DTYPE)
+        self.slots: NDArray[np.void] = np.zeros(head.slots, STORED_DTYPE)
+        self._touched = np.zeros(len(self.vpages), np.bool_)  # in this window
+        self._sample = np.zeros((2, 0), np.int64)  # frames that this window looks at, and their barriers
+        self._look_at = 0
+        head.monitor.source, head.monitor.active = lib.SY_HEAT_TRACE, 1
         # Touching such a page changes nothing: it is mapped, and not AGED.
         self._quiet = np.zeros(len(self.vpages), np.bool_)
         # First fit: the free frame with the lowest number.
@@ -79,7 +86,7 @@ class Machine:
         self._hand = 0
         self._events: list[tuple[int, ...]] = []
         self._seqnum = 0
-        self.first = self.refaults = self.hints = self.swapped_out = self.by_gateway = 0
+        self.first = self.refaults = self.hints = self.swapped_out = self.by_gateway = self.prefetched = 0
 
     @property
     def faults(self) -> int:
@@ -118,14 +125,19 @@ class Machine:
         reclaimed = not self._free[node]
         if reclaimed:
             node = self._reclaim_some()
-        pfn = heapq.heappop(self._free[node])
-        slot = int(self.slot_of[page])
-        if slot == GONE:
+        if self.slot_of[page] == GONE:
             self.first += 1
         else:
             self.refaults += 1
-            self._event(lib.SY_MSG_PAGE_REFAULT, pfn, page, self.swapped_out - int(self.left[page]))
-            self.slot_of[page] = GONE
+        self._arrive(page, node, lib.SY_MSG_PAGE_REFAULT)
+        return self._relieve(node) or reclaimed
+
+    def _arrive(self, page: int, node: int, why: int) -> None:
+        """A page that is in no frame gets a free one of a node, with what the store has of it: ``why`` tells so."""
+        pfn, slot = heapq.heappop(self._free[node]), int(self.slot_of[page])
+        if slot != GONE:
+            self._event(why, pfn, page, self.swapped_out - int(self.slots["out"][slot]))
+            self.slot_of[page], self.slots[slot] = GONE, np.zeros((), STORED_DTYPE)
             self._slots.append(slot)
             self.header.slots_used -= 1
         self._state[pfn], self._flags[pfn], self._vpage[pfn] = MAPPED, 0, self.vpages[page]
@@ -134,7 +146,30 @@ class Machine:
         self.page_of[pfn], self.frame_of[page], self._quiet[page] = page, pfn, True
         self._event(lib.SY_MSG_PAGE_MAPPED, pfn, page)
         self._free_changed(node)
-        return self._relieve(node) or reclaimed
+
+    # ---- how hot it is ----
+    def note(self, pages: NDArray[np.int64]) -> None:
+        """These pages were touched in this window, shape (n,)."""
+        self._touched[pages] = True
+
+    def end_window(self) -> None:
+        """What it has shown goes into the heat array, HEAT_READY follows, and the next begins."""
+        monitor = self.header.monitor
+        pfns, barriers = self._sample
+        pfns = pfns[self._barrier[pfns] == barriers]
+        if len(pfns):
+            touched, heat = self._touched[self.page_of[pfns]], self.heat
+            heat["seen"][pfns] = heat["seen"][pfns] >> 1 | touched.astype(np.uint8) << 7
+            heat["looks"][pfns] = np.minimum(heat["looks"][pfns] + 1, 8)
+            heat["source"][pfns], heat["window"][pfns] = lib.SY_HEAT_TRACE, monitor.windows & 0xFF
+            monitor.looked, monitor.touched = len(pfns), int(np.count_nonzero(touched))
+            monitor.windows += 1
+            self._events.append((lib.SY_MSG_HEAT_READY, 0, 0, 0, len(pfns), 0, monitor.windows))
+        self._touched[:] = False
+        mapped = np.flatnonzero(self._state == MAPPED)
+        around = np.roll(mapped, -int(np.searchsorted(mapped, self._look_at)))[: len(self.frames) // SAMPLED]
+        self._look_at = int(around[-1]) + 1 if len(around) else 0
+        self._sample = np.stack([around, self._barrier[around].astype(np.int64)])
 
     # ---- what leaves ----
     def _reclaim_some(self) -> int:
@@ -155,7 +190,9 @@ class Machine:
         pages = self.page_of[pfns]
         slots = [self._slots.pop() for _ in range(len(pfns))]
         self.slot_of[pages] = slots
-        self.left[pages] = self.swapped_out + np.arange(len(pfns))
+        self.slots["asid"][slots], self.slots["vpage"][slots] = ASID, self.vpages[pages]
+        self.slots["out"][slots] = self.swapped_out + np.arange(len(pfns))
+        self.heat[pfns] = np.zeros((), HEAT_DTYPE)
         self.swapped_out += len(pfns)
         self.header.slots_used += len(pfns)
         self.frame_of[pages], self.page_of[pfns], self._quiet[pages] = GONE, GONE, False
@@ -216,6 +253,8 @@ class Machine:
         """Operations of one kind and order; their results, shape (n,)."""
         op, order = int(ops["op"][0]), int(ops["order"][0])
         result = np.full(len(ops), lib.SY_R_INVALID, np.uint32)
+        if op == lib.SY_OP_PREFETCH and not order:
+            return np.array([self._prefetch(*(int(o[name]) for name in ("pfn", "barrier", "asid", "arg"))) for o in ops], np.uint32)
         if op not in (lib.SY_OP_RECLAIM, lib.SY_OP_AGE):
             result[:] = lib.SY_R_NOT_PERMITTED if op in FORBIDDEN else lib.SY_R_INVALID
             return result
@@ -250,6 +289,21 @@ class Machine:
         elif len(chosen):
             self._evict(chosen)
         return result
+
+    def _prefetch(self, slot: int, out: int, asid: int, vpage: int) -> int:
+        """The page in a slot comes back (prefetch() in gateway_heat.h). The result."""
+        if slot >= len(self.slots) or vpage >= lib.SY_ARENA_PAGES:
+            return int(lib.SY_R_INVALID)
+        if asid != ASID:
+            return int(lib.SY_R_NOT_FOUND)
+        if self.slots[slot].tolist()[:3] != (asid, vpage, out):
+            return int(lib.SY_R_STALE)
+        node = max(range(len(self.nodes)), key=lambda n: len(self._free[n]) - int(self.header.watermark[n].low))
+        if len(self._free[node]) <= self.header.watermark[node].low:
+            return int(lib.SY_R_FULL)
+        self.prefetched += 1
+        self._arrive(int(np.searchsorted(self.vpages, vpage)), node, lib.SY_MSG_PAGE_PREFETCHED)
+        return int(lib.SY_R_COMPLETE)
 
     def _stand_by(self, pfns: NDArray[np.int64]) -> None:
         aged = self._flags[pfns] & lib.SY_FF_AGED != 0
@@ -307,6 +361,8 @@ class Machine:
         if ((self.frame_of != GONE) & (self.slot_of != GONE)).any():
             bad.append("a page is in a frame and in the store")
         slots = self.slot_of[self.slot_of != GONE]
+        if np.flatnonzero(self.slots["asid"]).tolist() != sorted(slots.tolist()) or (self.slots["vpage"][slots] != self.vpages[self.slot_of != GONE]).any():
+            bad.append("the table of slots is not what pages say")
         if sorted([*slots.tolist(), *self._slots]) != list(range(head.slots)) or head.slots_used != len(slots):
             bad.append(f"{len(slots)} pages are in the store, {head.slots_used} of its {head.slots} slots are taken")
         if np.count_nonzero(self.frame_of != GONE) + len(slots) != self.first:

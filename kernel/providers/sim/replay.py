@@ -31,6 +31,8 @@ class Replay:
         read_only.flags.writeable = False
         txn = Transaction(read_only)
         self.policy = policy(read_only, machine.header, machine.nodes, txn, lambda: machine.now)
+        self.policy.heat, self.policy.slots = machine.heat.view(), machine.slots.view()
+        self.policy.heat.flags.writeable = self.policy.slots.flags.writeable = False
         self.handlers = handlers_of(self.policy)
         self.policy.rebuild()
 
@@ -48,12 +50,18 @@ class Replay:
         :raises StoreFull: no frame, no slot
         """
         at, span, began = 0, self.every, self.machine.now
+        window_ends = 0
         while at < len(pages):
+            start = at
             done = self.machine.hits(pages[at : at + span])
             span = min(2 * span, SPAN) if done == span else self.every
             at += done
             end = min((at // self.every + 1) * self.every, len(pages))
             self.machine.access(pages[at:end])
+            self.machine.note(pages[start:end])
+            if end >= window_ends:
+                window_ends = end + len(self.machine.frames)
+                self.machine.end_window()
             self.machine.now = began + end * ACCESS
             self.step()
             at = end
