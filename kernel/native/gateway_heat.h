@@ -55,6 +55,8 @@ static uint32_t prefetch(struct sy_gateway *g, const struct sy_op *op) {
     const struct sy_watermarks *m = &g->hdr->watermark[i];
     room += m->free > m->low ? m->free - m->low : 0;
   }
+  const struct sy_watermarks *mine = &g->hdr->watermark[a->zone];
+  if (a->zone && mine->free < mine->low + room) room = mine->free > mine->low ? mine->free - mine->low : 0;
   for (uint32_t i = 0; i < g->nas; i++) coming += prefetch_stopped(g->as[i]) ? 0 : g->as[i]->prefetching;
   if (coming >= room) return SY_R_FULL;
   struct wish *last = &g->prefetch[(g->prefetch_head - 1) % PREFETCH_RING];
