@@ -298,7 +298,7 @@ static uintptr_t bait; /* see end_threads */
 /* After a release: faults of before look again, and the one of the command thread's bait ends us. */
 static void released_fault(int me, uint64_t at) {
   struct uffdio_zeropage z = {.range = {at, PS}};
-  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) hand_over(me), SYS(__NR_exit, 0, 0, 0, 0, 0);
+  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) STORE(reads[me], 0), hand_over(me), SYS(__NR_exit, 0, 0, 0, 0, 0);
   wake(PAGE(at), 1);
 }
 
@@ -315,7 +315,7 @@ static void fault_thread(long me) {
     while (LOAD(reader) != me) futex_wait(&reader, !me, -1, 0);
     long r = SYS(__NR_read, fd_uffd, m, sizeof m, 0, 0);
     if (r == -EINTR || r == -EAGAIN) continue;
-    if (r <= 0) SYS(__NR_exit, 0, 0, 0, 0, 0);
+    if (r <= 0) STORE(reads[me], 0), hand_over((int)me), SYS(__NR_exit, 0, 0, 0, 0, 0);
     if (r > (long)sizeof *m) hand_over((int)me);
     else if (m->event == UFFD_EVENT_PAGEFAULT) follow((int)me, m->arg.pagefault.feat.ptid, ++served);
     for (long i = 0; i * (long)sizeof *m < r; i++) {
