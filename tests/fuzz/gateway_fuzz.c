@@ -550,7 +550,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
   MUST(fd >= 0 && !ftruncate(fd, 1), "memfd");
-  honest = new_as(G, 1, fd);
+  honest = new_as(G, 1, fd, 0, 0, &(int){0});
   MUST(honest, "the honest client is refused");
   honest_pfn = honest->mag->ring[4].slot[honest->ctl->mag_head[4]++];
   honest->chunks[HONEST_VPAGE / SY_CHUNK_PAGES] = 1, honest->chunks[HONEST_VPAGE / SY_CHUNK_PAGES + 1] = 1;
@@ -566,7 +566,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   in = data, left = size;
   chunks_set = 0, hook_in = 0, last_pfn = last_barrier = 0;
   G->slot_hint = G->clock_hand = G->swapped_out = 0;
-  for (uint32_t nd = 0; nd < G->nodes; nd++) G->standby_head[nd] = G->standby_tail[nd] = 0, G->hdr->watermark[nd].standby = 0, G->reclaiming[nd] = 0;
+  for (uint32_t z = 0; z < SY_MAX_ZONES; z++) G->standby_head[z] = G->standby_tail[z] = 0, G->hdr->watermark[z].standby = 0, G->reclaiming[z] = 0;
+  memset(G->group, 0, sizeof G->group);
   G->hint = 0, G->next_asid = honest->asid; /* the same input, the same frames and names */
   memset(tail_asid, 0, sizeof tail_asid);
   for (int steps = 0; left && steps < 400; steps++) {
