@@ -109,6 +109,30 @@ class Redis:
         return t
 
 
+def single(run_dir: Path, managed: Callable[[list[str | Path]], list[str]], sylvie: Callable[..., None]) -> list[Line]:
+    """One page brought back for a touch, out of each tier, beside a minimal userfaultfd handler that asks another process for it; no pressure."""
+    program = run_dir.parent / "swapin"
+    subprocess.run(["gcc", "-O2", "-Wall", "-o", program, HERE / "programs" / "swapin.c", "-lpthread"], check=True)
+
+    def p50(cmd: list[str]) -> float:
+        return float(subprocess.run(cmd, capture_output=True, text=True, check=True, timeout=120).stdout.split()[1])
+
+    lines: list[Line] = []
+    for tier, pool in (("compressed", "50%"), ("in the swap file", "0%")):
+        sylvie("up", "--ram", f"{MEMORY}M", "--swap", "2G", "--pool", pool)
+        try:
+            both = [
+                (p50([str(program), "minimal"]), p50(managed([program, "swapped", str(2 * MEMORY)])))
+                for _ in track(range(ROUNDS), f"single swap-in, {tier}", transient=True)
+            ]
+        finally:
+            sylvie("down")
+        least, ours = (statistics.median(of) for of in zip(*both, strict=True))
+        what = f"single 4 KiB swap-in, {tier}, p50 (against a minimal userfaultfd handler with one hop)"
+        lines.append((what, "µs", least, ours, ours / least, "<= 1.5"))
+    return lines
+
+
 def measure(run_dir: Path, managed: Callable[[list[str | Path]], list[str]], sylvie: Callable[..., None]) -> list[Line]:
     """All workloads under every policy; the plot goes to ``bench/results/swap.png``. Brings its own enclave up in ``run_dir`` and down."""
     program = run_dir.parent / "reclaim"
@@ -162,7 +186,7 @@ def measure(run_dir: Path, managed: Callable[[list[str | Path]], list[str]], syl
         sylvie("down")
     medians = {p: {w: statistics.median(v[0] for v in ours[p][w]) for w in names} for p in ours}
     base = {w: statistics.median(v[0] for v in native[w]) if native[w] else None for w in names}
-    lines: list[Line] = []
+    lines = single(run_dir, managed, sylvie)
     for what in names:
         unit = "µs" if what in WORKLOADS else "s"
         bound = {"random": "", "CPython sort": ""}.get(what, "<= 1.0")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from components.kswapd.reclaim import ReclaimPolicy
+from components.kswapd.reclaim import BATCH, ReclaimPolicy
 from kernel.abi import lib
 
-AHEAD = 4  # bits taken per frame that is to leave: how far the hand that takes bits is ahead of the one that reclaims
+# The hand that takes bits is ahead of the one that reclaims by 1/SPREAD of the frames, however many leave at once: the time in which a touch can
+# show (4.3BSD's two hands). Were it some times what leaves, as that grows all would lose their bits at once, and in between be in use unseen.
+SPREAD = 2
 
 
 class Policy(ReclaimPolicy):
@@ -29,7 +31,8 @@ class Policy(ReclaimPolicy):
         turned = np.roll(candidates, -int(np.searchsorted(candidates, self.hand)))
         aged = self.frames["flags"][turned] & lib.SY_FF_AGED != 0
         leaving = turned[aged][:count]
-        passed = turned[~aged][: AHEAD * count]
+        missing = max(count, len(turned) // SPREAD) + len(leaving) - np.count_nonzero(aged)
+        passed = turned[~aged][: min(max(missing, 0), BATCH)]
         self.txn.add(lib.SY_OP_AGE, np.sort(passed), 0)
         if len(passed):
             self.hand = int(passed[-1]) + 1
