@@ -346,3 +346,26 @@ def test_on_the_simulated_machine() -> None:
     m.access(np.arange(100, 130))
     gone = m.frames["state"] == lib.SY_FRAME_FREE
     assert gone.any() and not m.heat["looks"][gone].any() and m.check() == []
+
+
+@pytest.mark.parametrize("policy", ["two_list", "mglru", "mru"])
+def test_a_policy_that_starts_anew_knows_what_is_in_use(policy: str) -> None:
+    """… from the heat array: started again and again, with it there are at least 5 % fewer faults than without."""
+    from bus.runtime import load_policy
+    from kernel.providers.sim.machine import Machine
+    from kernel.providers.sim.replay import Replay
+    from kernel.providers.sim.trace import generate
+
+    trace, faults = generate("zipf:pages=4000,accesses=60000"), []
+    for known in (True, False):
+        m = Machine(trace.vpages, 2000)
+        r = Replay(m, load_policy("kswapd", policy))
+        if not known:
+            r.policy.heat = np.zeros_like(m.heat)
+        for part in np.split(trace.pages, range(2000, len(trace.pages), 2000)):
+            m.events()
+            r.policy.rebuild()
+            r.run(part)
+        assert m.check() == []
+        faults.append(m.faults)
+    assert faults[0] < 0.95 * faults[1], faults
