@@ -378,7 +378,7 @@ class Monitor:
                     self._one_window()
                 elif self.source:
                     self._pause()
-            except OSError as error:  # what was there has gone: what else is there?
+            except (OSError, ValueError) as error:  # what was there has gone: what else is there?
                 log.warning("access monitor: %s", error)
                 self._pause()
         self._pause()
@@ -450,7 +450,7 @@ class Monitor:
         """The next window costs what it may: as much more or less as is sampled; when that is little already, it lasts longer."""
         share = AIM * self.limit * self.window / max(spent, 1e-9)
         if source.amount:
-            source.amount = max(LEAST, min(int(source.amount * min(max(share, 0.5), 2.0)), len(self.tables.frames)))
+            source.amount = max(LEAST, min(int(source.amount * min(max(share, 0.5), 2.0)), AT_ONCE))
         if share < 1 and source.amount in (0, LEAST):
             self.window = min(self.window / share, LONGEST)
         elif share > 1:

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 from conftest import SYLVIE, Enclave, bring_up, take_down, wait_for
 from numpy.typing import NDArray
+from test_frames_model import Client, Real
 from test_swap import lost_nothing, natively, swapped, tables, waiting
 
 from bus.client import Control, subscriber
 from bus.codec import decode_batch
+from bus.tables import Tables
 from kernel.abi import FRAME_DTYPE, lib
-from kernel.heat import Damon, NotHere, PageIdle, runs, sources
+from kernel.heat import Damon, Monitor, NotHere, PageIdle, runs, sources
 from sylvie.doctor import access_information
 
 # So many pages touched all the time, so many once.
@@ -346,3 +348,67 @@ def test_on_the_simulated_machine() -> None:
     m.access(np.arange(100, 130))
     gone = m.frames["state"] == lib.SY_FRAME_FREE
     assert gone.any() and not m.heat["looks"][gone].any() and m.check() == []
+
+
+@pytest.mark.parametrize("policy", ["two_list", "mglru", "mru"])
+def test_a_policy_that_starts_anew_knows_what_is_in_use(policy: str) -> None:
+    """… from the heat array: started again and again, with it there are at least 5 % fewer faults than without."""
+    from bus.runtime import load_policy
+    from kernel.providers.sim.machine import Machine
+    from kernel.providers.sim.replay import Replay
+    from kernel.providers.sim.trace import generate
+
+    trace, faults = generate("zipf:pages=4000,accesses=60000"), []
+    for known in (True, False):
+        m = Machine(trace.vpages, 2000)
+        r = Replay(m, load_policy("kswapd", policy))
+        if not known:
+            r.policy.heat = np.zeros_like(m.heat)
+        for part in np.split(trace.pages, range(2000, len(trace.pages), 2000)):
+            m.events()
+            r.policy.rebuild()
+            r.run(part)
+        assert m.check() == []
+        faults.append(m.faults)
+    assert faults[0] < 0.95 * faults[1], faults
+
+
+def test_from_damon_to_the_heat_array(damon: Path, root_dir: Path) -> None:
+    """The whole way, but for the kernel: a gateway, a program's frames at their places in the machine, and what DAMON would say of them."""
+    run_dir = root_dir / "hd"
+    run_dir.mkdir()
+    r = Real(run_dir)
+    t = Tables(*(fd(r.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd)))
+    wait_for(lambda: t.header.populated == len(t.frames), 20, "RAM is not populated")
+    c = Client(r)
+    c.map(pfn := c.pop(4), 4, 16)
+    wait_for(lambda: (t.frames["state"][pfn : pfn + 16] == lib.SY_FRAME_MAPPED).all(), 5, "nothing is mapped")
+    phys = t.frames["phys"][pfn : pfn + 16].astype(int)
+    for i in range(64):
+        for name in ("start", "end"):
+            put(damon, f"{ADMIN}/0/contexts/0/targets/0/regions/{i}/{name}", 0)
+    for i, page in enumerate(phys):  # every second one is in use
+        for name, n in (("start", page << 12), ("end", page + 1 << 12), ("nr_accesses", i % 2)):
+            put(damon, f"{ADMIN}/0/contexts/0/schemes/0/tried_regions/{i}/{name}", n)
+    wanted = [True]
+    m = Monitor(r.gw, t, 1.0, lambda: wanted[0], damon)
+    m.start()
+    try:
+        wait_for(lambda: m.report()["windows"] >= 3, 20, "no window ends")
+        assert (m.report()["source"], m.report()["active"], m.report()["looked"], m.report()["touched"]) == ("damon", True, 16, 8)
+        assert value(damon, "nr_kdamonds") == "1"
+        h = t.heat[pfn : pfn + 16]
+        assert (h["source"] == lib.SY_HEAT_DAMON).all() and (h["looks"] >= 3).all()
+        assert not h["seen"][::2].any() and (h["seen"][1::2] & 0xE0 == 0xE0).all()
+        # Somebody has taken it: hint faults go on, and when nobody needs it, nothing.
+        (damon / ADMIN / "0/state").unlink()
+        (damon / ADMIN / "0/state").mkdir()
+        put(damon, f"{ADMIN}/nr_kdamonds", 1)
+        wait_for(lambda: m.report()["source"] == "hint" and m.report()["active"], 20, "it does not go on")
+        wanted[0] = False
+        wait_for(lambda: not m.report()["active"], 10, "it does not pause")
+    finally:
+        m.stop()
+        c.die()
+        assert r.check() == ""
+        lib.sy_gw_stop(r.gw)

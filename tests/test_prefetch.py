@@ -238,6 +238,20 @@ def test_touched_taken_away_and_brought_back_at_once(enclave: Enclave) -> None:
     assert results[lib.SY_R_COMPLETE] >= prefetched(enclave) - before
 
 
+def test_superfetch_brings_back_what_there_is_room_for(enclave: Enclave) -> None:
+    """What left for want of memory is there again when memory is, without having been touched."""
+    with filled(enclave) as (f, _):
+        before, faults = prefetched(enclave), f.space()["faults"]
+        enclave.supervisorctl("start", "kswapd")
+        enclave.cli("swap", "kswapd", "superfetch")
+        wait_for(lambda: f.space()["swapped"] < 100, 20, "they do not come back")
+        assert prefetched(enclave) - before > PAGES - 200 and f.space()["faults"] < faults + 200
+        assert enclave.component("kswapd")["implementation"] == "superfetch"
+        assert f.wrong() == 0
+        f.end()
+    enclave.supervisorctl("stop", "kswapd")
+
+
 def test_on_the_simulated_machine() -> None:
     """The same results and events."""
     from kernel.providers.sim.machine import Machine

@@ -29,7 +29,7 @@ from kernel.providers.sim.opt import next_uses, opt
 from kernel.providers.sim.replay import Replay, replay
 from kernel.providers.sim.trace import GENERATORS, BadTrace, Trace, generate, load, trace_of
 
-POLICIES = ["clock", "mglru", "mru", "random", "two_list"]
+POLICIES = ["clock", "mglru", "mru", "random", "superfetch", "two_list"]
 RESULT = names("SY_R_")
 MESSAGE = names("SY_MSG_")
 FREE, MAPPED, AGED = lib.SY_FRAME_FREE, lib.SY_FRAME_MAPPED, lib.SY_FF_AGED
