@@ -571,7 +571,7 @@ class Gateway:
         if lib.sy_gw_set_watermarks(self.gw, node, least, low, high) < 0:
             sizes = self._zones()
             if node not in sizes:
-                raise BusError(f"there is no node {node}: there are {', '.join(map(str, sizes))}")
+                raise BusError(f"there is no node {node}: nodes are 0 to {len(self.tables.nodes) - 1}, limits in use: {sorted(sizes)[len(self.tables.nodes) :]}")
             raise BusError(
                 f"watermarks {least}, {low}, {high} of node {node}: they ascend, up to half of its {sizes[node]} frames"
             )
