@@ -199,6 +199,7 @@ struct sy_gateway {
   uint64_t swapping, swapping_on[SY_MAX_ZONES], swap_progress_ns, asked_ns; /* frames with SY_FF_SWAPPING; when the last one left, or was asked to */
   struct taken *store;    /* [STORE_RING]: to be written */
   uint32_t store_head, store_tail;
+  int writing;            /* the store thread is, without the lock */
   struct standby *standby[SY_MAX_ZONES]; /* [STANDBY_RING] */
   uint32_t standby_head[SY_MAX_ZONES], standby_tail[SY_MAX_ZONES];
   struct wish *prefetch;  /* [PREFETCH_RING]: pages to bring back */

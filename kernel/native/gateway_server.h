@@ -486,7 +486,10 @@ static void feed(struct sy_gateway *g, struct as *a) {
     if (!a->starved_ns) count(g, SY_CNT_NO_FRAMES, 1), a->starved_ns = now;
     uint32_t some = limit ? g->hdr->limit[limit - SY_MAX_NODES].frames / 16 : 1024;
     reclaim_some(g, some < 1024 ? some : 1024, limit);
-    if ((limit ? g->swapping_on[limit] : g->swapping) && (now < g->swap_progress_ns + STORE_PATIENCE_NS || now < a->starved_ns + STORE_PATIENCE_NS)) { /* some are on their way */
+    /* Some are on their way; or could be, but a stub has too much to do to be told now, or is slow to do it; or a disk is slow. */
+    uint64_t leaving = limit ? g->swapping_on[limit] : g->swapping;
+    int soon = now < a->starved_ns + STORE_PATIENCE_NS && (leaving || (g->hdr->slots && slots_free(g)));
+    if (soon || g->writing || (leaving && now < g->swap_progress_ns + STORE_PATIENCE_NS)) {
       pthread_mutex_unlock(&g->lock);
       return;
     }

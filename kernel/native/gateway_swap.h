@@ -199,10 +199,12 @@ static int store_next(struct sy_gateway *g) {
   if (!n) return g->store_head != g->store_tail;
   for (uint32_t i = 0; i < n; i++) p[i].packed = p[i].gone = 0;
   for (uint32_t some = n; some;) { /* once more for those that a tier has no room for after all */
+    g->writing = 1;
     pthread_mutex_unlock(&g->lock);
     for (uint32_t i = 0; i < n; i++)
       if (!p[i].packed) pack(g, &p[i].k);
     pthread_mutex_lock(&g->lock);
+    g->writing = 0;
     some = 0;
     for (uint32_t i = 0; i < n; i++)
       if (!p[i].packed && !(p[i].packed = p[i].k.error || !keep(g, &p[i].k))) some++, p[i].k.tier++;
