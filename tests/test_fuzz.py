@@ -27,8 +27,8 @@ def test_everything_found_so_far_again() -> None:
 
 
 def test_some_seconds_of_new_inputs() -> None:
-    said = fuzz("10", timeout=150)
-    assert int(re.findall(r"number_of_executed_units: (\d+)", said)[0]) > 1000
+    said = fuzz("5", timeout=150)
+    assert int(re.findall(r"number_of_executed_units: (\d+)", said)[0]) > 500
 
 
 @pytest.mark.soak

@@ -20,8 +20,8 @@ from test_swap import lost_nothing, natively, swapped, tables
 from kernel.abi import lib
 
 MIB = 256  # frames
-LIMIT = 32  # MiB
-LARGE = 80  # MiB
+LIMIT = 20  # MiB
+LARGE = 48  # MiB
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +76,27 @@ def test_as_natively(enclave: Enclave, what: str) -> None:
     the enclave's RAM is in use, so nobody else has to give any."""
     before = enclave.status()["counters"]
     with watched(enclave) as most:
-        done = subprocess.run(limited(enclave, swapped(what)), capture_output=True, text=True, timeout=90)
-    assert (done.stdout, done.stderr, done.returncode) == (natively(what), "", 0)
+        done = subprocess.run(limited(enclave, swapped(what, mib=LARGE)), capture_output=True, text=True, timeout=90)
+    assert (done.stdout, done.stderr, done.returncode) == (natively(what, mib=LARGE), "", 0)
     assert LIMIT * MIB * 0.9 < most[0] < LIMIT * MIB * 1.03
     assert enclave.status()["counters"]["swapped_out"] - before["swapped_out"] > (LARGE - LIMIT) * MIB * 0.9
 
 
 def test_a_neighbour_keeps_its_frames(enclave: Enclave) -> None:
-    p = enclave.popen(swapped("waits", mib=40))
+    p = enclave.popen(swapped("waits", mib=24))
     assert p.stdout and p.stdout.readline() == "filled: 0\n"
-    subprocess.run(limited(enclave, swapped("calls")), capture_output=True, timeout=90, check=True)
+    subprocess.run(limited(enclave, swapped("calls", mib=LARGE)), capture_output=True, timeout=90, check=True)
     (space,) = enclave.status()["address_spaces"]
-    assert space["swapped"] == 0 and space["mapped"] >= 40 * MIB
+    assert space["swapped"] == 0 and space["mapped"] >= 24 * MIB
     lost_nothing(p)
 
 
 def test_two_limits_and_what_is_started_below(enclave: Enclave, tmp_path: Path) -> None:
     """A shell's children share its limit, whatever they execute, also by another `sylvie run`; another tree has its own."""
-    inner = [sys.executable, "-m", "sylvie", "--run-dir", enclave.run_dir, "run", "--", *swapped("waits", mib=20)]
-    below = [swapped("waits", mib=20), swapped("waits", mib=20), inner]
+    inner = [sys.executable, "-m", "sylvie", "--run-dir", enclave.run_dir, "run", "--", *swapped("waits", mib=12)]
+    below = [swapped("waits", mib=12), swapped("waits", mib=12), inner]
     script = " & ".join(" ".join(map(str, cmd)) + f" >{tmp_path}/{i}" for i, cmd in enumerate(below)) + " & wait"
-    tree, other = popen(limited(enclave, ["bash", "-c", script])), popen(limited(enclave, swapped("waits"), mib=16))
+    tree, other = popen(limited(enclave, ["bash", "-c", script])), popen(limited(enclave, swapped("waits", mib=LARGE), mib=8))
     outputs = [tmp_path / str(i) for i in range(len(below))]
 
     def programs() -> list[int]:
@@ -107,8 +107,8 @@ def test_two_limits_and_what_is_started_below(enclave: Enclave, tmp_path: Path) 
         wait_for(lambda: all(o.exists() and "filled" in o.read_text() for o in outputs), 60, "not all run")
         s = enclave.status()
         limits = {limit["frames"]: limit for limit in s["limits"]}
-        assert sorted(limits) == [16 * MIB, LIMIT * MIB]
-        assert limits[16 * MIB]["members"] == 1 and limits[LIMIT * MIB]["members"] == 4
+        assert sorted(limits) == [8 * MIB, LIMIT * MIB]
+        assert limits[8 * MIB]["members"] == 1 and limits[LIMIT * MIB]["members"] == 4
         for limit in s["limits"]:
             assert limit["used"] <= limit["frames"] and owned(enclave, limit["zone"]) <= limit["frames"] * 1.03
     finally:
@@ -131,13 +131,13 @@ def test_without_kswapd(enclave: Enclave, how: str) -> None:
         os.kill(pid, signal.SIGSTOP)
     try:
         with watched(enclave) as most:
-            done = subprocess.run(limited(enclave, swapped("calls")), capture_output=True, text=True, timeout=90)
+            done = subprocess.run(limited(enclave, swapped("calls", mib=LARGE)), capture_output=True, text=True, timeout=90)
     finally:
         if how == "stop":
             enclave.supervisorctl("start", "kswapd")
         else:
             os.kill(pid, signal.SIGCONT)
-    assert (done.stdout, done.returncode) == (natively("calls"), 0)
+    assert (done.stdout, done.returncode) == (natively("calls", mib=LARGE), 0)
     assert most[0] < LIMIT * MIB * 1.03
     wait_for(lambda: enclave.component("kswapd")["state"] == "online", 20, "kswapd is not back")
 
@@ -145,7 +145,7 @@ def test_without_kswapd(enclave: Enclave, how: str) -> None:
 def test_policies_choose_within_it(enclave: Enclave) -> None:
     """kswapd, not the gateway, finds what leaves: the zone's own frames stand by."""
     chosen = enclave.component("kswapd")["dump"]["chosen"]
-    p = popen(limited(enclave, swapped("waits")))
+    p = popen(limited(enclave, swapped("waits", mib=LARGE)))
     assert p.stdout and p.stdout.readline() == "filled: 0\n"
     wait_for(lambda: enclave.component("kswapd")["dump"]["chosen"] > chosen + 2000, 30, "kswapd chooses nothing")
     assert enclave.status()["nodes"][0]["standby"] == 0  # the node has enough
@@ -153,22 +153,22 @@ def test_policies_choose_within_it(enclave: Enclave) -> None:
 
 
 def test_watermarks_of_a_limit(enclave: Enclave) -> None:
-    p = popen(limited(enclave, swapped("waits")))
+    p = popen(limited(enclave, swapped("waits", mib=LARGE)))
     assert p.stdout and p.stdout.readline() == "filled: 0\n"
     zone = enclave.status()["limits"][0]["zone"]
-    assert f"limit {zone}" in enclave.cli("watermarks", "128", "256", "4000", "--node", str(zone)).stdout
+    assert f"limit {zone}" in enclave.cli("watermarks", "128", "256", "2000", "--node", str(zone)).stdout
     limit = enclave.status()["limits"][0]
-    assert [limit[k] for k in ("min", "low", "high")] == [128, 256, 4000]
-    assert enclave.cli("watermarks", "1", "2", "5000", "--node", str(zone), ok=False).returncode != 0
+    assert [limit[k] for k in ("min", "low", "high")] == [128, 256, 2000]
+    assert enclave.cli("watermarks", "1", "2", "3000", "--node", str(zone), ok=False).returncode != 0
     assert "no node 30" in enclave.cli("watermarks", "1", "2", "3", "--node", "30", ok=False).stderr
     lost_nothing(p)
 
 
 def test_out_of_memory_within_a_limit(own_enclave: Enclave) -> None:
     """Without a store: the program with the most frames of that limit is ended, named on the bus; nobody outside is, who has far more."""
-    big = own_enclave.popen(swapped("waits", mib=100))
+    big = own_enclave.popen(swapped("waits", mib=60))
     assert big.stdout and big.stdout.readline() == "filled: 0\n"
-    done = subprocess.run(limited(own_enclave, swapped("calls")), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(limited(own_enclave, swapped("calls", mib=LARGE)), capture_output=True, text=True, timeout=60)
     assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), done
     assert own_enclave.status()["counters"]["oom_kills"] == 1
     lost_nothing(big)

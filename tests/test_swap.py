@@ -140,8 +140,8 @@ def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None
     assert enclave.status()["counters"]["swapped_in"] > before + 4000 and turn > 3
 
 
-def natively(*what: str) -> str:
-    return subprocess.run([*map(str, swapped(*what))], capture_output=True, text=True, timeout=60, check=True).stdout
+def natively(*what: str, mib: int = LARGE) -> str:
+    return subprocess.run([*map(str, swapped(*what, mib=mib))], capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 @pytest.mark.parametrize("what", ["calls", "forks", "threads", "release"])
