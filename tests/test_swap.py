@@ -290,6 +290,27 @@ def test_tiers_of_the_store(root_dir: Path, compiled: Callable[[str], Path]) -> 
         take_down(e)
 
 
+def test_stopped_in_the_middle_of_coming_back(enclave: Enclave) -> None:
+    """A program stopped at any instant, also one of its own service threads with a page half back, breaks no rule of ``sylvie check``."""
+    code = (
+        "import mmap\nm = mmap.mmap(-1, 80 << 20, flags=mmap.MAP_PRIVATE)\n"
+        "for i in range(0, len(m), 4096): m[i:i + 4] = i.to_bytes(4, 'little')\n"
+        "print('there', flush=True)\n"
+        "while True:\n for i in range(0, len(m), 4096): assert m[i:i + 4] == i.to_bytes(4, 'little')\n"
+    )
+    p = enclave.popen([sys.executable, "-c", code])
+    assert p.stdout and p.stdout.readline() == "there\n"
+    for _ in range(20):
+        p.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+        p.send_signal(signal.SIGSTOP)
+        enclave.check()
+    p.send_signal(signal.SIGCONT)
+    assert p.poll() is None
+    p.kill()
+    p.wait(10)
+
+
 def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
     """Stale, foreign and impossible ones: each with its reason."""
     e = bring_up(root_dir / "swr", "--ram", "64M", "--swap", "64M")
