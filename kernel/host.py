@@ -198,6 +198,12 @@ class Host:
             return dict(json.loads(self.record.read_text())["original"])
         return {}
 
+    def holders(self) -> list[str]:
+        """Names of those that are counted in and alive."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return [name for name, h in json.loads(self.record.read_text())["holders"].items() if self._alive(h)]
+        return []
+
 
 def acquire(run_dir: str | Path) -> None:
     """For a gateway: counts this process in. See ``Host.acquire``."""

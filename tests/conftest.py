@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -25,6 +26,31 @@ SYLVIE = Path(sys.executable).with_name("sylvie")
 # What has been ignored stays so in every program that is started: without a terminal (nohup) tests of that signal would mislead.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 PROGRAMS = Path(__file__).resolve().parent / "programs"
+
+
+def lock_file(config: pytest.Config) -> Path | None:
+    """Shared by the processes that divide the tests among them (pytest-xdist); None: there is only this one."""
+    run = getattr(config, "workerinput", {}).get("testrunuid")
+    return Path(tempfile.gettempdir(), f"sy-{run}.lock") if run else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Tests marked ``alone`` run while no other does."""
+    path = lock_file(item.config)
+    if path is None:
+        return (yield)
+    with path.open("w") as room, path.with_suffix(".door").open("w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits to be alone keeps the others from coming in again
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (path := lock_file(session.config)) is not None:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".door").unlink(missing_ok=True)
 
 
 class Enclave:
@@ -197,9 +223,16 @@ def nothing_left_behind(root_dir: Path) -> Iterator[None]:
         return [line for line in lines if str(root_dir) in line]
 
     wait_for(lambda: not left(), 20, f"processes are left: {left()}")
+
+
+    def restored() -> bool:
+        """… or are as another enclave needs them."""
+        others = [run_dir for run_dir in Host().holders() if str(root_dir) not in run_dir]
+        return bool(others) or now() in (before, without_it)
+
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: now() in (before, without_it), 20, "not restored")
-    assert now() in (before, without_it), f"to be restored: {Host().pending()}; on frames: {Host().on_frames()}"
+        wait_for(restored, 20, "not restored")
+    assert restored(), f"to be restored: {Host().pending()}; on frames: {Host().on_frames()}"
 
 
 @pytest.fixture(autouse=True)

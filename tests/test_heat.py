@@ -160,6 +160,7 @@ def test_a_wrong_share_is_refused(root_dir: Path, share: str) -> None:
     assert done.returncode and "--heat-cpu" in done.stderr and not (root_dir / "no").exists()
 
 
+@pytest.mark.alone
 def test_doctor_says_which_and_why(enclave: Enclave) -> None:
     """DAMON where it is free; else who has it."""
     found = {f["what"]: f for f in json.loads(enclave.cli("doctor", "--json").stdout)["findings"]}

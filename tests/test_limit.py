@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,32 @@ def test_programs(enclave: Enclave) -> None:
             want = subprocess.run([*map(str, cmd)], capture_output=True, text=True, timeout=60, check=True).stdout
             done = subprocess.run(limited(enclave, cmd, mib=8), capture_output=True, text=True, timeout=90)
             assert (done.stdout, done.returncode) == (want, 0)
+
+
+@pytest.mark.parametrize("what", ["in_libc", "past_libc", "forks"])
+def test_memory_asked_for_in_one_piece(enclave: Enclave, compiled: Callable[[str], Path], what: str) -> None:
+    """More than the limit, by one call: what fills it must not keep what is to leave from leaving. And forks, while threads wait for frames."""
+    cmd = [compiled("populate"), what, str(LARGE)]
+    before = enclave.status()["counters"]
+    done = subprocess.run(limited(enclave, cmd), capture_output=True, text=True, timeout=90)
+    native = subprocess.run(list(map(str, cmd)), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == (native.stdout, "", 0)
+    after = enclave.status()["counters"]
+    assert after["swapped_out"] > before["swapped_out"] and after["oom_kills"] == before["oom_kills"]
+
+
+def test_stopped_at_its_limit(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    """Whoever is stopped while he waits for frames cannot make room, and is not ended for it: not with a limit of his own, where nobody else can either."""
+    before = enclave.status()["counters"]["oom_kills"]
+    cmd = limited(enclave, [compiled("populate"), "touches", LARGE])
+    several = [subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for p in several:
+        assert p.stdout and p.stdout.readline() == "touches\n"
+    time.sleep(0.5)
+    for p in several:
+        p.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)  # longer than anybody waits for a page to leave
+    for p in several:
+        p.send_signal(signal.SIGCONT)
+    assert [p.communicate("\n", timeout=30)[0] for p in several] == ["forked\n"] * 4
+    assert enclave.status()["counters"]["oom_kills"] == before

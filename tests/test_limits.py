@@ -262,6 +262,7 @@ def test_what_children_have_used(enclave: Enclave) -> None:
     assert int(enclave.run([sys.executable, "-c", code]).stdout) < native.ru_minflt + 500
 
 
+@pytest.mark.alone
 def test_more_mappings_than_the_kernel_allows(enclave: Enclave, compiled: Compiled) -> None:
     """Pages that find no mapping are native, and counted; nothing is lost. A page that was given back, and needs another mapping, waits for it. With
     the kernel's own limit, for a moment, as two million take 4 GiB."""

@@ -706,6 +706,7 @@ print(seen > 0, opened, b.count(b'x'))
     assert done.stdout == "True 0 3000000\n", done
 
 
+@pytest.mark.alone
 def test_many_mappings_outlive_the_enclave(own_enclave: Enclave) -> None:
     """A program with more mappings than the machine usually allows goes on after `sylvie down` put vm.max_map_count back."""
     code = """

@@ -116,7 +116,7 @@ struct sy_frame {
   uint64_t vpage;     /* reverse map: where the owner has it */
   uint64_t phys;      /* physical page frame number of the machine, 0 = not known */
   uint32_t limit;     /* the zone of its owner's limit; 0 = none */
-  uint32_t pad;
+  uint32_t run;       /* SWAPPING: which of its owner's runs told it to leave */
   uint64_t reserved[3];
 };
 

@@ -43,6 +43,7 @@
 #include "gateway.h"
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 #ifndef SECCOMP_IOCTL_NOTIF_SET_FLAGS
@@ -134,7 +135,7 @@ struct pending {
 struct marked { pid_t pid; uint64_t born; };
 
 /* What an address space was told to take away, and has. */
-struct taken { uint32_t asid; struct sy_run run; };
+struct taken { uint32_t asid, at; struct sy_run run; }; /* at: which of its runs */
 #define STORE_RING 65536
 /* A frame that kswapd has chosen to leave when memory is short, as it was then. */
 struct standby { uint32_t pfn, barrier, aged; };
@@ -730,6 +731,10 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     if (m.pfn != SY_NO_FRAME && !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) return bad(g, a);
     for (uint32_t i = 0; i < m.npages; i++) {
       if (!slot_is(g, a, m.arg + i)) return bad(g, a);
+      if (g->slot[m.arg + i].vpage != m.vpage + i) { /* another page's by now, if messages were lost: resync_slots knows */
+        if (!a->resync_at_ns) bad(g, a);
+        continue;
+      }
       if (m.pfn != SY_NO_FRAME) came_back(g, a, m.vpage + i, m.pfn + i, (uint32_t)m.arg + i, m.order);
       slot_free(g, (uint32_t)m.arg + i), a->swapped--;
     }

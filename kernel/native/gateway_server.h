@@ -338,7 +338,8 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
-          int failed = r < 0 && r > -4096 && !too_late, go_on = too_late || (!failed && p->op == SY_CMD_RELEASE);
+          int populate = p->nr == SYS_madvise && (p->args[2] == MADV_POPULATE_READ || p->args[2] == MADV_POPULATE_WRITE); /* the stub has looked whether it may */
+          int failed = r < 0 && r > -4096 && !too_late, go_on = too_late || (!failed && (p->op == SY_CMD_RELEASE || populate));
           answer_notif(p->listener, p->notif_id, failed || go_on ? 0 : r, failed ? (int)r : 0, go_on);
         }
       }
@@ -486,6 +487,8 @@ static void feed(struct sy_gateway *g, struct as *a) {
     if (!a->starved_ns) count(g, SY_CNT_NO_FRAMES, 1), a->starved_ns = now;
     uint32_t some = limit ? g->hdr->limit[limit - SY_MAX_NODES].frames / 16 : 1024;
     reclaim_some(g, some < 1024 ? some : 1024, limit);
+    /* What is stopped, or in the middle of a fork, takes nothing away now, and has given up waiting: its patience begins anew. */
+    if (is_stopped(a) || a->ctl->fork_active) a->starved_ns = now;
     /* Some are on their way; or could be, but a stub has too much to do to be told now, or is slow to do it; or a disk is slow. */
     uint64_t leaving = limit ? g->swapping_on[limit] : g->swapping;
     int soon = now < a->starved_ns + STORE_PATIENCE_NS && (leaving || (g->hdr->slots && slots_free(g)));

@@ -29,6 +29,7 @@ static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t
     last->n += n; /* one piece of work for both */
   else
     a->mag->evict[a->evict_tail++ % SY_EVICT_RUNS] = (struct sy_run){(uint32_t)f->vpage, pfn, n, flag};
+  for (uint32_t i = 0; i < n; i++) f[i].run = a->evict_tail - 1;
   return SY_R_COMPLETE;
 }
 /* When did anything last leave, or was asked to? What has not within this time is not waited for: its program may be stopped. */
@@ -114,7 +115,7 @@ static void stays(struct sy_gateway *g, struct taken t) {
 static void evicted(struct sy_gateway *g, struct as *a, uint32_t from, uint32_t to) {
   pthread_mutex_lock(&g->lock);
   for (uint32_t i = from; i != to; i++) {
-    struct taken t = {a->asid, a->mag->evict[i % SY_EVICT_RUNS]};
+    struct taken t = {a->asid, i, a->mag->evict[i % SY_EVICT_RUNS]};
     if (t.run.flag == SY_FF_AGED) continue;
     if (g->store_head - g->store_tail == STORE_RING) stays(g, t); /* a touch finds the page where it was */
     else g->store[g->store_head++ % STORE_RING] = t;
@@ -136,6 +137,7 @@ static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t 
     size = 1u << order;
     if (a && !a->dying && !a->released && (n == 1 || size == RECYCLE_AT_ONCE) && has_room(g, a, order) && mag_level(a, order) << order < RECYCLED) {
       a->recycles = order + 1;
+      memset(g->heat + pfn, 0, size * sizeof *g->heat); /* of another page */
       zero_block(g, pfn, size);
       mag_push(g, a, pfn, order); /* (there is room) */
     } else {
@@ -147,7 +149,7 @@ static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t 
     if (__atomic_load_n(&g->as[i]->starving, __ATOMIC_RELAXED)) return poke(g);
 }
 /* One page on its way out: its word is SWAPPED with HASFRAME, or was until somebody touched it. */
-struct going { uint32_t asid, pfn, vpage, barrier; uint64_t word; int gone, packed; struct packing k; };
+struct going { uint32_t asid, pfn, vpage, at, barrier; uint64_t word; int gone, packed; struct packing k; };
 #define AT_ONCE 32 /* pages: between them others get the lock */
 
 /* Is it to be written still? It has a slot then. 0: it is not, or has gone by itself (under lock). */
@@ -155,6 +157,7 @@ static int to_store(struct sy_gateway *g, struct going *p) {
   struct as *a = find_as(g, p->asid);
   struct sy_frame *f = &g->frames[p->pfn];
   if (!a || f->asid != p->asid || f->state != SY_FRAME_MAPPED || f->vpage != p->vpage || !(f->flags & SY_FF_SWAPPING)) return 0;
+  if (f->run != p->at) return 0; /* it was freed, came back to that page, and is told to leave anew: what is written now might be old by then */
   uint64_t in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
   p->barrier = f->barrier, p->word = __atomic_load_n(&a->pte[p->vpage], __ATOMIC_ACQUIRE);
   int there = (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
@@ -191,7 +194,7 @@ static int store_next(struct sy_gateway *g) {
   for (; n < AT_ONCE && g->store_head != g->store_tail;) {
     struct taken *t = &g->store[g->store_tail % STORE_RING];
     if (n && t->run.n >= RECYCLE_AT_ONCE && t->run.pfn % RECYCLE_AT_ONCE == 0) break; /* a whole block in one go */
-    p[n].asid = t->asid, p[n].pfn = t->run.pfn, p[n].vpage = t->run.vpage;
+    p[n].asid = t->asid, p[n].pfn = t->run.pfn, p[n].vpage = t->run.vpage, p[n].at = t->at;
     n += (uint32_t)to_store(g, &p[n]);
     if (--t->run.n) t->run.pfn++, t->run.vpage++;
     else g->store_tail++;

@@ -107,7 +107,7 @@ static long one_part(long nr, long *a) {
   case __NR_pkey_mprotect: return do_mprotect((uintptr_t)a[0], (uint64_t)a[1], (int)a[2], nr, (int)a[3]);
   case __NR_madvise: return do_madvise((uintptr_t)a[0], (uint64_t)a[1], (int)a[2]);
   case __NR_mincore: return do_mincore((uintptr_t)a[0], (uint64_t)a[1], (uint8_t *)a[2]);
-  default: return do_mlock((uintptr_t)a[0], (uint64_t)a[1], nr);
+  default: return do_mlock((uintptr_t)a[0], (uint64_t)a[1], nr, a[2]);
   }
 }
 /* A range may begin in what a forked child inherited, or in a mapping of the program's own, and end in managed memory: piece by piece, in
@@ -215,7 +215,12 @@ long __attribute__((used)) sy_dispatch(struct regs *r, long nr) {
     if (ret == 0) r->new_sp = stack;
   } else
     ret = emulate(nr, a);
+  struct fill f = to_fill();
   unlock();
+  if (f.p < f.end && (ret == 0 || nr == __NR_mmap)) {
+    long e = fill_now(f);
+    if (e < 0 && nr != __NR_mmap) ret = nr == __NR_madvise ? e : e == -EFAULT ? -ENOMEM : -EAGAIN; /* as mm/mlock.c */
+  }
   SYS(__NR_rt_sigprocmask, 2, &old, 0, 8, 0);
   return ret;
 }

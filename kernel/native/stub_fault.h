@@ -24,10 +24,18 @@ static uint32_t mag_pop(int me, int order) {
  * the rest of a wake-up; and a mapping that two CPUs have used is changed on both. So only one reads, on the CPU where the program faults.
  * It hands that over when it will be busy for long, or has more than one fault to serve. */
 #define SOON 1 /* ms: the gateway answers within that, as a rule */
+static struct uffd_msg read_fault[SY_SERVICE_THREADS][4]; /* what a fault thread has read and ... */
+static int unserved[SY_SERVICE_THREADS][2];                /* ... from which to which it has not served yet */
 static void hand_over(int me) {
   if (LOAD(reader) != (uint32_t)me || !LOAD(reads[!me])) return;
-  STORE(reader, !me);
+  __atomic_store_n(&reader, !me, __ATOMIC_SEQ_CST);
+  if (!__atomic_load_n(&reads[!me], __ATOMIC_SEQ_CST)) STORE(reader, me); /* it is just ending: one of us two sees that of the other */
   futex_wake(&reader, 0);
+}
+/* … for long: also the faults that it has read, and not begun to serve. They come again, to the other one. */
+static void leave_reading(int me) {
+  for (int *u = unserved[me]; u[0] < u[1]; u[0]++) wake(PAGE(read_fault[me][u[0]].arg.pagefault.address), 1);
+  hand_over(me);
 }
 /* The CPU that a thread of ours last ran on; -1: not known. */
 static int cpu_of(uint32_t tid) {
@@ -79,7 +87,9 @@ static void follow(int me, uint32_t tid, uint32_t served) {
   else run_on(me, cpu);
 }
 
-/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native. */
+/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native; INTERRUPTED: a fork or a
+ * release has begun, which waits for us, under the lock that eviction needs: leave the fault. */
+#define INTERRUPTED 1
 static int refill(int me, int order, uint64_t p) {
   uint32_t seq = LOAD(mag->refill_seq);
   struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
@@ -97,8 +107,9 @@ static int refill(int me, int order, uint64_t p) {
   }
   futex_wait((void *)&mag->refill_seq, seq, SOON, 1);
   while (LOAD(mag->refill_seq) == seq) {
-    hand_over(me);
-    futex_wait((void *)&mag->refill_seq, seq, 50, 1);
+    if (__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return INTERRUPTED;
+    leave_reading(me);
+    futex_wait((void *)&mag->refill_seq, seq, 10, 1);
     char b;
     if (LOAD(mag->refill_seq) == seq && SYS(__NR_recvfrom, fd_sock, &b, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) { /* hung up */
       STORE(gateway_dead, 1);
@@ -118,7 +129,7 @@ static int block_empty(uint64_t p, int order) {
     if (attr[i] != a) return 0;
   if (!LOAD(chunks[b / SY_CHUNK_PAGES])) return 1;
   for (uint64_t i = b; i < b + n; i++)
-    if (!untouched(LOAD(pte[i]))) return 0;
+    if (!empty(LOAD(pte[i]))) return 0;
   return 1;
 }
 static int present(uint64_t p) { return LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_PRESENT; }
@@ -154,7 +165,7 @@ static void first_touch(int me, uint64_t p, int write) {
   uint64_t n = 1ull << order, b = p & ~(n - 1), got = 0;
   for (; got < n; got++) {
     word_t w = LOAD(pte[b + got]);
-    if ((w & SY_PTE_STATE_MASK) != SY_PTE_NONE || (order && (w & W_KPROT)) || !CAS(pte[b + got], &w, (w & (SY_PTE_STALE | W_KPROT)) | SY_PTE_LOCKED)) break;
+    if ((w & SY_PTE_STATE_MASK) != SY_PTE_NONE || (order && (w & W_KPROT)) || !CAS(pte[b + got], &w, (w & (SY_PTE_STALE | W_KPROT | SY_PTE_MLOCKED)) | SY_PTE_LOCKED)) break;
   }
   if (got < n) { /* somebody else is at work in this block: look at the fault again */
     lock_back(b, got);
@@ -189,7 +200,12 @@ static void first_touch(int me, uint64_t p, int write) {
     for (o = order; o >= 0; o--)
       if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
     if (o >= 0) break;
-    if (refill(me, order, p)) {
+    int r = refill(me, order, p);
+    if (r == INTERRUPTED) {
+      lock_back(b, n); /* (its end wakes everybody) */
+      return;
+    }
+    if (r) {
       /* Nothing from the gateway: a bigger block than wanted serves too, the rest goes back. */
       for (o = order + 1; o <= SY_HUGE_ORDER; o++)
         if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
@@ -207,17 +223,17 @@ static void first_touch(int me, uint64_t p, int write) {
   if (!native && o > order) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (uint32_t)use, (1ull << o) - use, 0, 0, 1);
   if (!native) {
     for (uint64_t i = 0; i < use; i++) {
-      word_t keep = LOAD(pte[first + i]) & (SY_PTE_STALE | SY_PTE_CONTENDED | W_KPROT);
+      word_t keep = LOAD(pte[first + i]) & (SY_PTE_STALE | SY_PTE_CONTENDED | W_KPROT | SY_PTE_MLOCKED);
       STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME | keep);
     }
     STORE(ctl->in_hand[me], SY_NO_FRAME);
     if (map_frames(first, pfn, use, prot) < 0) { /* too many mappings, or no memory for page tables: the frames go back, the page goes native */
-      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_LOCKED | (LOAD(pte[first + i]) & SY_PTE_STALE));
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_LOCKED | (LOAD(pte[first + i]) & (SY_PTE_STALE | SY_PTE_MLOCKED)));
       post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, use, 0, 0, 1);
       native = 1;
     } else {
       post(SY_MSG_PAGE_MAPPED, first, pfn, use, o < order ? o : order, 0, 0);
-      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0) | (LOAD(pte[first + i]) & SY_PTE_MLOCKED));
       __atomic_fetch_add(&ctl->pages_mapped, use, __ATOMIC_RELAXED);
     }
   }
@@ -229,14 +245,14 @@ static void first_touch(int me, uint64_t p, int write) {
       lock_back(first, p - first);
       lock_back(p + 1, first + use - p - 1);
       if (e == 0) {
-        STORE(pte[p], SY_PTE_NATIVE); /* at once: for a word that is free another thread might map a frame over it */
+        STORE(pte[p], SY_PTE_NATIVE | (LOAD(pte[p]) & SY_PTE_MLOCKED)); /* at once: for a word that is free another thread might map a frame over it */
         __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
       } else {
         lock_back(p, 1);
-        hand_over(me), nap(1000); /* try again: something may have been unmapped meanwhile */
+        leave_reading(me), nap(1000); /* try again: something may have been unmapped meanwhile */
       }
     } else {
-      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0));
+      for (uint64_t i = 0; i < use; i++) STORE(pte[first + i], SY_PTE_NATIVE | (prot != RW ? W_KPROT : 0) | (LOAD(pte[first + i]) & SY_PTE_MLOCKED));
       __atomic_fetch_add(&ctl->pages_native, use, __ATOMIC_RELAXED);
     }
   }
@@ -298,7 +314,7 @@ static uintptr_t bait; /* see end_threads */
 /* After a release: faults of before look again, and the one of the command thread's bait ends us. */
 static void released_fault(int me, uint64_t at) {
   struct uffdio_zeropage z = {.range = {at, PS}};
-  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) STORE(reads[me], 0), hand_over(me), SYS(__NR_exit, 0, 0, 0, 0, 0);
+  if (at - bait < SY_SERVICE_THREADS * PS && SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) == 0) __atomic_store_n(&reads[me], 0, __ATOMIC_SEQ_CST), hand_over(me), SYS(__NR_exit, 0, 0, 0, 0, 0);
   wake(PAGE(at), 1);
 }
 
@@ -310,21 +326,23 @@ static void fault_thread(long me) {
       if ((may_run[i / 64] >> i % 64 & 1) && seen++ == me) run_on((int)me, i);
   uint32_t served = 0;
   STORE(reads[me], 1);
-  struct uffd_msg m[4];
+  struct uffd_msg *m = read_fault[me];
+  int *u = unserved[me];
   for (;;) {
     while (LOAD(reader) != me) futex_wait(&reader, !me, -1, 0);
-    long r = SYS(__NR_read, fd_uffd, m, sizeof m, 0, 0);
+    long r = SYS(__NR_read, fd_uffd, m, sizeof read_fault[me], 0, 0);
     if (r == -EINTR || r == -EAGAIN) continue;
-    if (r <= 0) STORE(reads[me], 0), hand_over((int)me), SYS(__NR_exit, 0, 0, 0, 0, 0);
+    if (r <= 0) __atomic_store_n(&reads[me], 0, __ATOMIC_SEQ_CST), hand_over((int)me), SYS(__NR_exit, 0, 0, 0, 0, 0);
     if (r > (long)sizeof *m) hand_over((int)me);
     else if (m->event == UFFD_EVENT_PAGEFAULT) follow((int)me, m->arg.pagefault.feat.ptid, ++served);
-    for (long i = 0; i * (long)sizeof *m < r; i++) {
-      if (m[i].event != UFFD_EVENT_PAGEFAULT) continue;
+    for (u[0] = 0, u[1] = (int)(r / (long)sizeof *m); u[0] < u[1];) {
+      struct uffd_msg f = m[u[0]++];
+      if (f.event != UFFD_EVENT_PAGEFAULT) continue;
       __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
       if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) {
-        if (LOAD(mode) == NATIVE) released_fault((int)me, m[i].arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
-        else fault((int)me, m[i].arg.pagefault.address, m[i].arg.pagefault.flags);
+        if (LOAD(mode) == NATIVE) released_fault((int)me, f.arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
+        else fault((int)me, f.arg.pagefault.address, f.arg.pagefault.flags);
       }
       __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);
     }
@@ -378,6 +396,7 @@ static void run_command(const volatile struct sy_cmd *c) {
   if (c->op == SY_CMD_SYSCALL) {
     lock_and_serve();
     r = emulate(c->nr, a);
+    to_fill(); /* not by us: we are who makes room. MADV_POPULATE the kernel itself does now, in the caller; the others are filled when touched */
     unlock();
   } else if (c->op == SY_CMD_EVICT) {
     lock_and_serve();

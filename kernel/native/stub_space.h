@@ -36,7 +36,8 @@ static word_t word_lock(uint64_t p) {
       yield();
   }
 }
-static int untouched(word_t w) { return !(w & (SY_PTE_STATE_MASK | W_KPROT)); }
+static int empty(word_t w) { return !(w & (SY_PTE_STATE_MASK | W_KPROT)); }
+static int untouched(word_t w) { return empty(w) && !(w & SY_PTE_MLOCKED); }
 /* Stores a word and wakes who came meanwhile. */
 static long wake_request(void *arg) {
   uint64_t *a = arg;
@@ -107,7 +108,7 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
     if (st == SY_PTE_NONE) {
       /* (a stray touch of a free page took its access away, and may have done so just now) */
       if (w & W_KPROT) SYS(__NR_mprotect, VA(i), PS, mapped_over ? new_prot : RW, 0, 0);
-      word_unlock(i, w & ~(word_t)W_KPROT);
+      word_unlock(i, w & ~(word_t)(W_KPROT | SY_PTE_MLOCKED));
       i++;
       continue;
     }
@@ -423,14 +424,35 @@ static long replace_pages(uint64_t p, uint64_t n, uint8_t a) {
 }
 
 /* ---------------------------------------------------------------- the calls */
-static void touch(uint64_t p, uint64_t n) {
-  for (uint64_t i = p; i < p + n; i++) {
-    volatile uint8_t *a = (volatile uint8_t *)VA(i);
-    if (A_PROT(attr[i]) & PROT_WRITE)
-      __atomic_fetch_or(a, 0, __ATOMIC_RELAXED);
-    else if (A_PROT(attr[i]) & PROT_READ)
-      (void)*a;
+/* What the call at hand is to fill with pages once mm_lock is free again: who waits for frames under it waits for ever, since what is to leave
+ * for them leaves under it. Under mm_lock. */
+struct fill { uint64_t p, end; int advice; }; /* advice 0: as each page may be accessed; p == end: nothing */
+static struct fill fill;
+static void fill_later(uint64_t p, uint64_t n, int advice) {
+  if (fill.p == fill.end) fill.p = p;
+  fill.end = p + n, fill.advice = advice;
+}
+static struct fill to_fill(void) {
+  struct fill f = fill;
+  fill = (struct fill){0, 0, 0};
+  return f;
+}
+/* Not under mm_lock. By the kernel's hand, not by a touch of ours: what is unmapped meanwhile is an error and no signal. */
+static long fill_now(struct fill f) {
+  long r = 0;
+  while (f.p < f.end && !r) {
+    uint64_t k = 1;
+    lock();
+    if (mode != MANAGED) return unlock(), r;
+    uint8_t a = attr[f.p];
+    while (f.p + k < f.end && attr[f.p + k] == a && is_native(f.p + k) == is_native(f.p)) k++;
+    int how = f.advice ? f.advice : A_PROT(a) & PROT_WRITE ? MADV_POPULATE_WRITE : A_PROT(a) & PROT_READ ? MADV_POPULATE_READ : 0;
+    if (is_native(f.p) || !(a & A_MAPPED) || (a & A_FOREIGN)) how = 0;
+    unlock();
+    if (how) r = SYS(__NR_madvise, VA(f.p), k * PS, how, 0, 0);
+    f.p += k;
   }
+  return r;
 }
 
 /* A mapping that the kernel refused to put over the parked [p, p + n): it may have unmapped the range first. */
@@ -501,7 +523,7 @@ static long do_mmap(long *a) {
     if (!addr && prot == RW && n <= KEEP_PAGES && (p = reuse(n))) {
       claim(p, n, A_OF(RW));
       charge_new(p, n, prot, flags);
-      if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
+      if (flags & (MAP_POPULATE | MAP_LOCKED)) fill_later(p, n, 0);
       return (long)VA(p);
     }
     int hint = addr && IN_ARENA(addr) && addr % PS == 0 && PAGE(addr) >= SY_BRK_PAGES && !is_native(PAGE(addr)) && PAGE(addr) + n <= SY_ARENA_PAGES;
@@ -511,7 +533,7 @@ static long do_mmap(long *a) {
   }
   map_pages(p, n, A_OF(prot));
   charge_new(p, n, prot, flags);
-  if (flags & (MAP_POPULATE | MAP_LOCKED)) touch(p, n);
+  if (flags & (MAP_POPULATE | MAP_LOCKED)) fill_later(p, n, 0);
   return (long)VA(p);
 }
 
@@ -606,7 +628,7 @@ static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
   case MADV_POPULATE_WRITE:
     for (uint64_t i = p; i < p + n; i++)
       if (!(A_PROT(attr[i]) & (advice == MADV_POPULATE_WRITE ? PROT_WRITE : PROT_READ | PROT_WRITE))) return r ? r : -EINVAL;
-    touch(p, n);
+    fill_later(p, n, advice);
     break;
   case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
   case MADV_HUGEPAGE: case MADV_NOHUGEPAGE: case MADV_MERGEABLE: case MADV_UNMERGEABLE: case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
@@ -857,10 +879,12 @@ static int may_lock_all(void) {
   uint32_t data[6] = {0};
   return SYS(__NR_capget, &head, data, 0, 0, 0) == 0 && (data[0] >> 14 /* CAP_IPC_LOCK */ & 1);
 }
-static long do_mlock(uintptr_t addr, uint64_t size, long nr) {
+static long do_mlock(uintptr_t addr, uint64_t size, long nr, long flags) {
   uint64_t p = PAGE(addr), n = (UP(addr + size) - (addr & ~(PS - 1))) / PS;
+  int once_touched = nr == __NR_mlock2 && (flags & 1 /* MLOCK_ONFAULT */);
+  if (nr == __NR_mlock2 && (flags & ~1l)) return -EINVAL;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
-  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(nr, addr, size, 0, 0, 0);
+  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(nr, addr, size, flags, 0, 0);
   if (!all_mapped(p, n)) return -ENOMEM;
   if (nr != __NR_munlock) {
     uint64_t lim[2] = {~0ull, 0}, had = locked_pages(SY_ARENA_PAGES, 0), again = locked_pages(p, n);
@@ -869,11 +893,14 @@ static long do_mlock(uintptr_t addr, uint64_t size, long nr) {
       if (!lim[0]) return -EPERM;
       if ((had - again + n) * PS > lim[0]) return -ENOMEM;
     }
-    touch(p, n); /* frames never leave RAM by the kernel's doing; the flag keeps them from kswapd */
+    /* The flag keeps a page from kswapd, and goes with it to the frame that it gets. */
+    for (uint64_t i = p; i < p + n; i++) {
+      STORE(chunks[i / SY_CHUNK_PAGES], 1);
+      word_unlock(i, word_lock(i) | SY_PTE_MLOCKED);
+    }
+    if (!once_touched) fill_later(p, n, 0);
+    return 0;
   }
-  for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n)) {
-    word_t w = word_lock(i);
-    word_unlock(i, nr == __NR_munlock || !(w & SY_PTE_STATE_MASK) ? w & ~(word_t)SY_PTE_MLOCKED : w | SY_PTE_MLOCKED);
-  }
+  for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n)) word_unlock(i, word_lock(i) & ~(word_t)SY_PTE_MLOCKED);
   return 0;
 }

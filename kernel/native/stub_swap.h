@@ -64,7 +64,7 @@ static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint
     if (r != -EAGAIN && r != -EINTR) return STORE(gateway_dead, 1), -1;
   futex_wait((void *)&mag->store_seq[waiter], seq, SOON, 1);
   while (LOAD(mag->store_seq[waiter]) == seq) {
-    if (waiter < SY_SERVICE_THREADS) hand_over(waiter);
+    if (waiter < SY_SERVICE_THREADS) leave_reading(waiter);
     futex_wait((void *)&mag->store_seq[waiter], seq, 50, 1);
     char b1;
     if (LOAD(mag->store_seq[waiter]) == seq && SYS(__NR_recvfrom, fd_sock, &b1, 1, MSG_DONTWAIT | MSG_PEEK, 0) == 0) return STORE(gateway_dead, 1), -1;
@@ -75,7 +75,7 @@ static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint
 static void back_again(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
   __atomic_fetch_add(&ctl->pages_mapped, n, __ATOMIC_RELAXED);
   __atomic_fetch_sub(&ctl->pages_swapped, n, __ATOMIC_RELAXED);
-  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0));
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0) | (LOAD(pte[p + i]) & SY_PTE_MLOCKED));
 }
 
 #define READ_AHEAD_ORDER 5
@@ -94,14 +94,16 @@ static uint32_t ready_frames(int me, int order, int *got) {
   }
   return SY_NO_FRAME;
 }
-/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more. */
+/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more, or the wait was INTERRUPTED. */
 static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
     uint32_t pfn = ready_frames(me, order, got);
-    if (pfn != SY_NO_FRAME || LOAD(gateway_dead)) return pfn;
-    if (!refill(me, order, p)) continue;
+    if (pfn != SY_NO_FRAME || LOAD(gateway_dead) || __atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return pfn;
+    int r = refill(me, order, p);
+    if (r == INTERRUPTED) return SY_NO_FRAME;
+    if (!r) continue;
     if (order) order = 0;
-    else hand_over(me), nap(1000);
+    else leave_reading(me), nap(1000);
   }
 }
 /* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
@@ -153,7 +155,7 @@ static void map_again(int me, uint64_t p, word_t w, int prot) {
   uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
   if (map_frames(p, pfn, 1, prot) < 0) {
     STORE(pte[p], w);
-    hand_over(me), nap(1000);
+    leave_reading(me), nap(1000);
     return;
   }
   post(SY_MSG_PAGE_HINT, p, pfn, 1, 0, 0, 0);
@@ -173,24 +175,30 @@ static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t p
     STORE(ctl->in_hand[me], SY_NO_FRAME);
     return e;
   }
-  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME);
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_LOCKED | SY_PTE_HASFRAME | (flags & SY_PTE_MLOCKED));
   STORE(ctl->in_hand[me], SY_NO_FRAME);
   long r = map_frames(p, pfn, n, prot);
   post(SY_MSG_PAGE_MAPPED, p, pfn, n, order, 0, 0);
   if (ours) slots_done(me, p, slot, n, pfn);
   if (r < 0) { /* too many mappings: the content stays in the frames */
     for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SWAPPED | SY_PTE_HASFRAME | flags);
-    hand_over(me), nap(1000);
+    leave_reading(me), nap(1000);
   } else
     back_again(p, pfn, n, prot);
   return 0;
 }
+#define ALIKE (SY_PTE_STALE | W_KPROT | SY_PTE_MLOCKED)
 /* Page p, which is locked and was in slot[0], and those up to max pages from it on that are stored alike: locked, too. Number. */
 static uint64_t lock_alike(uint64_t p, uint64_t max, uint32_t *slot, word_t flags, int ours) {
   uint64_t n = 1;
   for (uint8_t a = attr[p]; n < max && stored(p + n, a); n++) { /* (another thread may be at work there) */
     word_t x = LOAD(pte[p + n]);
-    if ((x & (SY_PTE_STALE | W_KPROT)) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
+    if ((x & ALIKE) != flags || (x & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || in_pool(x >> SY_PTE_PFN_SHIFT) != ours || !CAS(pte[p + n], &x, locked(x))) break;
+    if (attr[p + n] != a) { /* its protection has just been changed: by who waits for the word now */
+      store_again(p + n, 1, flags);
+      wake(p + n, 1);
+      break;
+    }
     slot[n] = (uint32_t)(x >> SY_PTE_PFN_SHIFT);
   }
   return n;
@@ -211,7 +219,7 @@ static void swap_in(int me, uint64_t p, int write) {
     map_again(me, p, w, prot);
     return wake(p, 1);
   }
-  word_t flags = w & (SY_PTE_STALE | W_KPROT);
+  word_t flags = w & ALIKE;
   static uint8_t alone[SY_SERVICE_THREADS]; /* after an error: for so many faults a page comes by itself, as only a neighbour may be unreadable */
   uint64_t most = alone[me] ? alone[me]--, 1 : 1ull << read_ahead(p, a);
   uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)};
@@ -225,7 +233,7 @@ static void swap_in(int me, uint64_t p, int write) {
   }
   store_again(p + done, n - done, flags);
   /* the store cannot read it now: once more; without a gateway it waits, as content that is not here cannot be made up */
-  if (e > 0) alone[me] = 64, hand_over(me), nap(10000);
+  if (e > 0) alone[me] = 64, leave_reading(me), nap(10000);
   if (done || e > 0) wake(p, n);
 }
 
@@ -239,7 +247,7 @@ static long prefetch(uint64_t p, uint64_t n) {
     k = 1;
     word_t w = LOAD(chunks[p / SY_CHUNK_PAGES]) ? LOAD(pte[p]) : 0;
     if (!may(attr[p], 0) || !stored(p, attr[p]) || (w & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) != SY_PTE_SWAPPED || !CAS(pte[p], &w, locked(w))) continue;
-    word_t flags = w & (SY_PTE_STALE | W_KPROT);
+    word_t flags = w & ALIKE;
     uint32_t slot[1 << READ_AHEAD_ORDER] = {(uint32_t)(w >> SY_PTE_PFN_SHIFT)}, pfn = 0;
     int ours = in_pool(slot[0]), got = 0, e = 0;
     uint64_t done = 0, max = end - p < 1 << READ_AHEAD_ORDER ? end - p : 1 << READ_AHEAD_ORDER;
