@@ -52,6 +52,14 @@ class Transaction:
         """Blocks of the gateway's reserve become free."""
         self.add(lib.SY_OP_RELEASE, pfns, order)
 
+    def fault_order(self, asid: int, order: int, most: int = 0, first: int = 0, chunks: int = 0) -> None:
+        """Order of the block that a first touch takes, and up to which it may grow for a sequential toucher (``most``); for an
+        address space, or for ``chunks`` ranges of 512 pages from number ``first`` on (SY_ORDER_DEFAULT: as for the address space)."""
+        part = np.zeros(1, OP_DTYPE)
+        part["op"], part["asid"], part["order"], part["arg"] = lib.SY_OP_FAULT_ORDER, asid, order, most
+        part["pfn"], part["barrier"] = first, chunks
+        self._parts.append(part)
+
     def prefetch(self, slots: NDArray[np.void], at: NDArray[np.int64]) -> None:
         """The pages in these slots, in order, back into frames before they are asked for; neighbours in a row are cheapest.
 

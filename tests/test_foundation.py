@@ -169,7 +169,7 @@ def test_run_directory_removed(root_dir: Path) -> None:
 @pytest.fixture
 def small_disk(root_dir: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    disk = root_dir / "disk"
+    disk = root_dir / "full"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=0755", "tmpfs", disk], check=True, timeout=10)
     yield disk

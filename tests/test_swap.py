@@ -343,7 +343,7 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
 
 def test_a_full_disk_keeps_the_pages(root_dir: Path) -> None:
     """The swap file cannot take them: they stay in their frames, are counted, and go on being the program's."""
-    disk = root_dir / "disk"
+    disk = root_dir / "errors"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M,mode=755", "sylvie-test", disk], check=True)
     try:

@@ -68,6 +68,9 @@ enum sy_msg_type {
   SY_MSG_SLOT_FREED = 221,    /* stub -> gateway: vpage, npages, arg = first slot: unmapped while swapped out (pfn none), or fetched into frame pfn */
   SY_MSG_SLOT_MOVED = 222,    /* stub -> gateway: vpage = new, arg = slot: mremap */
   SY_MSG_PAGE_PREFETCHED = 223, /* asid, vpage, pfn = where it is now; arg as of PAGE_REFAULT: PREFETCH has brought it back */
+  SY_MSG_PAGE_MIGRATED = 224, /* asid, vpage, npages, order; pfn = where it is now; arg = where it was. PAGE_MAPPED and PAGE_FREED have come before */
+  SY_MSG_PAGE_COLLAPSED = 225,/* asid, vpage, npages, order; pfn = the block that it is now; arg = pages that there were before: the others are zero */
+  SY_MSG_MOVE_REFUSED = 226,  /* asid, vpage, npages, order; pfn = where it still is, or none: a COLLAPSE; arg = errno */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -100,6 +103,7 @@ enum sy_frame_state {
 #define SY_FF_ZERO 1     /* content is known to be zero */
 #define SY_FF_SLAB 8     /* RESERVED: holds compressed pages */
 #define SY_FF_STANDBY 16 /* MAPPED: chosen to leave when memory is short */
+#define SY_FF_TARGET 32  /* GRANTED: what MIGRATE or COLLAPSE is to fill; its stub has not answered yet */
 #define SY_FF_AGED 4     /* taken away by AGE and not touched since: Linux's page without an accessed bit */
 #define SY_FF_SWAPPING 2 /* on its way out: taken away from the program, or about to be, and not stored yet */
 
@@ -205,16 +209,23 @@ struct sy_as_ctl {
 #define SY_AS_CTL_OFF 0
 #define SY_AS_CHUNKS_OFF 8192        /* uint8_t[SY_CHUNKS]: chunk has ever had a non-zero page-table word */
 #define SY_AS_CHANNEL_OFF 40960
+#define SY_AS_ADVICE_OFF 524288      /* uint8_t[SY_CHUNKS]: what the program advised for it, enum sy_advice. Written by the stub under its mm_lock */
 #define SY_AS_PTE_OFF 1048576        /* uint64_t[SY_ARENA_PAGES] */
 #define SY_AS_BYTES 135266304
+
+/* Bits. HUGE: MADV_HUGEPAGE of all of it; SMALL: MADV_NOHUGEPAGE of some of it. */
+enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2 };
 
 /* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
- * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages. */
+ * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages.
+ * MOVE: args = vpage, n <= SY_CHUNK_PAGES within a chunk, pfn, from, most: these pages are mapped in the frames from pfn on, with the content that they have.
+ * from: where they must be now, one after the other; or SY_NO_FRAME: anywhere, and at most `most` may be untouched. result = pages that there were, or -errno:
+ * nothing has changed. */
 #define SY_EVICT_RUNS 2048
 struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
@@ -234,9 +245,10 @@ struct sy_mag {
   struct sy_mag_ring ring[10];       /* orders 0..9 */
   uint32_t store_seq[SY_STORE_WAITERS];   /* futex: moves after each answer to SWAPIN or FETCH of that waiter */
   uint32_t store_error[SY_STORE_WAITERS]; /* errno of that answer, 0 = done */
+  uint8_t chunk_order[SY_CHUNKS];    /* FAULT_ORDER of a range: 1 + the order for first touches in this chunk; 0: as fault_order says */
   struct sy_run evict[SY_EVICT_RUNS];
 };
-#define SY_MAG_BYTES 61440
+#define SY_MAG_BYTES 94208
 
 /* ---- enclave header (memfd "header": gateway writes, everybody else has it read-only) ---- */
 struct sy_node { uint32_t base; uint32_t frames; };   /* first pfn, number */
@@ -298,7 +310,7 @@ enum sy_counter {
   SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14,
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
-  SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24
+  SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -310,6 +322,15 @@ enum sy_op_code {
 /* RECLAIM with this as its arg: not now, but as soon as memory is short and unless it is touched before, in the order in which they were chosen. */
 #define SY_RECLAIM_STANDBY 1
 #define SY_RECLAIM_ZONE_SHIFT 32     /* of that arg: for which zone, the frame's node or its limit */
+/* MIGRATE of a block of 2^order frames, MAPPED one after the other in one address space: arg = the node that it shall go to, or this and the first frame of
+ * the FREE block that it shall be in. */
+#define SY_MIGRATE_TO 0x100000000
+/* COLLAPSE, order 9: frame pfn is MAPPED somewhere in the 512 aligned pages that are meant. arg = pages of them that may be untouched (Linux's
+ * max_ptes_none), and this if only where the program asked for it (MADV_HUGEPAGE). */
+#define SY_COLLAPSE_ADVISED 0x10000
+/* FAULT_ORDER: order and, as arg, up to which it may grow for a sequential toucher; for an address space. Or with barrier = chunks, pfn = the first: for
+ * first touches there, and arg is 0; SY_ORDER_DEFAULT: again as for the address space. */
+#define SY_ORDER_DEFAULT 255
 /* ghOSt's transaction states, as results. */
 enum sy_result {
   SY_R_PENDING = 0, SY_R_COMPLETE = 1, SY_R_ABORTED = 2, SY_R_STALE = 3, SY_R_NOT_FOUND = 4, SY_R_NOT_PERMITTED = 5,

@@ -109,6 +109,7 @@ struct as {
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
   int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
   uint64_t prefetching, prefetch_told_ns; /* pages that it is to bring back, or was told to; when it was told last (under lock) */
+  uint32_t moving;        /* moves queued, or told and not answered (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */
@@ -144,6 +145,10 @@ struct standby { uint32_t pfn, barrier, aged; };
 /* Pages that kswapd wants back, of one address space and one after the other. */
 struct wish { uint32_t asid, vpage, n; };
 #define PREFETCH_RING 1024
+
+/* Pages that are to go to other frames; from: NONE for a COLLAPSE, of which `most` pages may be untouched. */
+struct move { uint32_t asid, vpage, n, to, from, most; };
+#define MOVE_RING 1024u
 
 /* The shared memory of one address space. */
 struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
@@ -205,6 +210,8 @@ struct sy_gateway {
   uint32_t standby_head[SY_MAX_ZONES], standby_tail[SY_MAX_ZONES];
   struct wish *prefetch;  /* [PREFETCH_RING]: pages to bring back */
   uint32_t prefetch_head, prefetch_tail;
+  struct move move[MOVE_RING];
+  uint32_t move_head, move_tail;
   int reclaiming[SY_MAX_ZONES]; /* below low, and not above high since */
   pthread_cond_t store_work;
   pthread_t storer;
@@ -790,7 +797,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
   if (a->resync_pass == 0) {
     uint64_t n = 0;
     for (uint32_t f = a->list; f != NONE; f = g->fnext[f])
-      if (!(named[f / 64] >> f % 64 & 1)) lost[n++] = f, lost[n++] = g->frames[f].barrier;
+      if (!(named[f / 64] >> f % 64 & 1) && !(g->frames[f].flags & SY_FF_TARGET)) lost[n++] = f, lost[n++] = g->frames[f].barrier;
     free(a->suspect);
     a->suspect = lost, a->suspects = n;
     a->resync_pass = 1, a->resync_at_ns = now_ns() + 100000000ull;

@@ -309,6 +309,7 @@ static int answer_released(struct pending *p) {
   if (p->listener) answer_notif(p->listener, p->notif_id, 0, 0, 1);
   return 1;
 }
+static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked);
 static void send_command(struct as *a, struct pending *p) {
   struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
   p->cmd_id = ++a->cmd_id;
@@ -335,6 +336,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
       } else {
         if (p->cmd_id) a->outstanding--;
         if (p->op == SY_CMD_PREFETCH) prefetched(g, a, p->args[1]);
+        if (p->op == SY_CMD_MOVE) moved(g, a, p->args, r, done);
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
@@ -564,6 +566,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
   }
 }
 
+#include "gateway_move.h"
 /* Frames in the magazine for all that it is to bring back, in blocks of their size, and as many for its faults, if there are (under lock). */
 static void frames_for(struct sy_gateway *g, struct as *a, uint32_t n) {
   int order = 31 - __builtin_clz(n);
@@ -604,6 +607,7 @@ static int send_evictions(struct sy_gateway *g) {
     if (command(g, a, SY_CMD_EVICT, 0, (uint64_t[6]){from, to}, NULL, 0)) evicted(g, a, from, to); /* (no memory: as if it had found nothing there) */
   }
   send_prefetches(g);
+  send_moves(g);
   return again;
 }
 /* A vfork child outlives its killed parent in the same memory, where nobody serves its faults any more. What takes neither frames nor the store
@@ -782,9 +786,10 @@ static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: wh
   case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_RECLAIM: case SY_OP_AGE: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_COLLAPSE: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_INVALID : SY_R_NOT_PERMITTED;
-  case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_RUN: return component == SY_C_SCHED ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   }
   return SY_R_INVALID;
@@ -793,6 +798,14 @@ static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: wh
 static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *op) {
   uint32_t r = permitted(component, op->op);
   if (r != SY_R_COMPLETE) return r;
+  if (op->op == SY_OP_FAULT_ORDER && op->barrier) {
+    int clear = op->order == SY_ORDER_DEFAULT;
+    if ((op->order > SY_HUGE_ORDER && !clear) || op->arg || op->pfn >= SY_CHUNKS || op->barrier > SY_CHUNKS - op->pfn) return SY_R_INVALID;
+    struct as *a = find_as(g, op->asid);
+    if (!a) return SY_R_NOT_FOUND;
+    memset(a->mag->chunk_order + op->pfn, clear ? 0 : op->order + 1, op->barrier);
+    return SY_R_COMPLETE;
+  }
   if (op->op == SY_OP_FAULT_ORDER) {
     if (op->order > SY_HUGE_ORDER || op->arg > SY_HUGE_ORDER || op->arg < op->order) return SY_R_INVALID;
     struct as *a = find_as(g, op->asid);
@@ -800,6 +813,7 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
     a->mag->fault_order = op->order, a->mag->fault_order_max = (uint32_t)op->arg;
     return SY_R_COMPLETE;
   }
+  if (op->op == SY_OP_COLLAPSE) return collapse(g, op);
   if (op->op == SY_OP_PREFETCH) return op->order || op->pfn >= g->hdr->slots || op->arg >= SY_ARENA_PAGES ? SY_R_INVALID : prefetch(g, op);
   uint32_t n = op->order <= SY_MAX_ORDER ? 1u << op->order : 0;
   if (!n || (op->op == SY_OP_GRANT && op->order > SY_HUGE_ORDER) || op->pfn >= g->nframes || op->pfn % n || n > g->nframes - op->pfn) return SY_R_INVALID;
@@ -811,6 +825,7 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
   if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
   if (op->op == SY_OP_RECLAIM && !g->hdr->slots) return SY_R_FULL;
   if (op->op == SY_OP_RECLAIM) return (uint32_t)op->arg == SY_RECLAIM_STANDBY ? stand_by(g, op->pfn, n, op->arg >> SY_RECLAIM_ZONE_SHIFT) : take_run(g, op->pfn, n, SY_FF_SWAPPING);
+  if (op->op == SY_OP_MIGRATE) return migrate(g, op);
   if (op->op == SY_OP_AGE) return take_run(g, op->pfn, n, SY_FF_AGED);
   if (op->op == SY_OP_RELEASE) {
     for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
@@ -852,7 +867,7 @@ int sy_gw_commit(struct sy_gateway *g, uint32_t component, struct sy_op *ops, in
     if (ops[i].result == SY_R_COMPLETE) done++;
     else count(g, SY_CNT_REFUSED, 1);
   }
-  if (component == SY_C_KSWAPD && done) poke(g);
+  if ((component == SY_C_KSWAPD || g->move_tail != g->move_head) && done) poke(g);
   return done;
 }
 

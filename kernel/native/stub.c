@@ -86,6 +86,7 @@ static uint64_t kept_pages;
 
 static struct sy_as_ctl *ctl;
 static uint8_t *chunks;
+static uint8_t *advice;                /* of a chunk: enum sy_advice; written under mm_lock */
 static struct sy_channel *chan;
 static word_t *pte;
 static const volatile struct sy_mag *mag;

@@ -136,11 +136,13 @@ static int present(uint64_t p) { return LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOA
 /* Order for a first touch at p: the policy's order where it fits; and further, up to its maximum, for one who walks upwards (the
  * pages before the block are there), as read-ahead grows. */
 static int choose_order(uint64_t p) {
-  int order = (int)mag->fault_order, max = (int)mag->fault_order_max;
-  if (order > SY_HUGE_ORDER) order = SY_HUGE_ORDER;
-  if (max > SY_HUGE_ORDER) max = SY_HUGE_ORDER;
+  int here = mag->chunk_order[p / SY_CHUNK_PAGES], want = here ? here - 1 : (int)mag->fault_order, max = here ? want : (int)mag->fault_order_max;
+  int most = advice[p / SY_CHUNK_PAGES] & SY_ADVICE_SMALL ? SY_HUGE_ORDER - 1 : SY_HUGE_ORDER;
+  if (want > most) want = most;
+  if (max > most) max = most;
+  int order = want;
   while (order > 0 && !block_empty(p, order)) order--;
-  if (order != (int)mag->fault_order) return order;
+  if (order != want) return order;
   while (order < max) {
     uint64_t n = 2ull << order, b = p & ~(n - 1);
     if (b < n || !present(b - 1) || !present(b - n) || !block_empty(p, order + 1)) break;
@@ -261,6 +263,7 @@ static void first_touch(int me, uint64_t p, int write) {
 
 #include "stub_lz4.h"
 #include "stub_swap.h"
+#include "stub_move.h"
 
 static void fault(int me, uint64_t addr, uint64_t flags) {
   uint64_t p = PAGE(addr);
@@ -407,6 +410,10 @@ static void run_command(const volatile struct sy_cmd *c) {
     lock_and_serve();
     r = mode == MANAGED ? prefetch((uint64_t)a[0], (uint64_t)a[1]) : 0;
     unlock();
+  } else if (c->op == SY_CMD_MOVE) {
+    lock_and_serve();
+    r = mode == MANAGED ? move_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3], (uint64_t)a[4]) : -EAGAIN;
+    unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
     if (needs_release(c->nr, a)) {
@@ -483,7 +490,7 @@ static int join_enclave(void) {
   SYS(__NR_madvise, VA(brk_floor), (SY_BRK_PAGES - brk_floor) * PS, MADV_DONTDUMP, 0, 0);
   SYS(__NR_madvise, VA(mmap_floor), (SY_ARENA_PAGES - mmap_floor) * PS, MADV_DONTDUMP, 0, 0);
   for (int i = 0; i < 5; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
-  ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
+  ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), advice = (void *)(as + SY_AS_ADVICE_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
   mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl, slots = (void *)sl;
   ctl->pages_committed = committed; /* of a forked child: what it inherited */
   if (uffd_register(brk_floor, SY_BRK_PAGES - brk_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;

@@ -193,6 +193,14 @@ static long set_kernel_prot(uint64_t p, uint64_t n, int prot) {
   return bad;
 }
 
+/* MADV_HUGEPAGE or MADV_NOHUGEPAGE for [p, p + n), or neither (0), as where it is mapped anew. A part of a chunk stays as the rest of it was, but
+ * for NOHUGEPAGE, which a single page may ask for. */
+static void advise(uint64_t p, uint64_t n, uint8_t is) {
+  uint64_t first = (p + SY_CHUNK_PAGES - 1) / SY_CHUNK_PAGES, end = (p + n) / SY_CHUNK_PAGES;
+  if (is == SY_ADVICE_SMALL) first = p / SY_CHUNK_PAGES, end = (p + n - 1) / SY_CHUNK_PAGES + 1;
+  for (uint64_t c = first; c < end; c++)
+    if (advice[c] != is) advice[c] = is;
+}
 static int all_free(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
     if (attr[i]) return 0;
@@ -385,6 +393,7 @@ static void unmap_pages(uint64_t p, uint64_t n) {
         arena_restore(i, k);
       else
         evict(i, k);
+      advise(i, k, 0);
       hole_add(i, k);
       post(SY_MSG_MM_MUNMAP, i, 0, k, 0, 0, 0);
     }
@@ -597,15 +606,15 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
   return 0;
 }
 
-static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
+static long do_madvise(uintptr_t addr, uint64_t size, int how) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
-  if (!n) return SYS(__NR_madvise, addr, 0, advice, 0, 0); /* is there such advice? */
+  if (!n) return SYS(__NR_madvise, addr, 0, how, 0, 0); /* is there such advice? */
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
-  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_madvise, addr, size, advice, 0, 0);
+  if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_madvise, addr, size, how, 0, 0);
   long r = all_mapped(p, n) ? 0 : -ENOMEM; /* as Linux: done for what is mapped, and said */
   uint8_t set = 0, clear = 0;
-  switch (advice) {
+  switch (how) {
   case MADV_DONTNEED:
   case MADV_FREE:
     for (uint64_t i = next_used(p, p + n); i < p + n; i = next_used(i + 1, p + n))
@@ -627,17 +636,19 @@ static long do_madvise(uintptr_t addr, uint64_t size, int advice) {
   case MADV_POPULATE_READ:
   case MADV_POPULATE_WRITE:
     for (uint64_t i = p; i < p + n; i++)
-      if (!(A_PROT(attr[i]) & (advice == MADV_POPULATE_WRITE ? PROT_WRITE : PROT_READ | PROT_WRITE))) return r ? r : -EINVAL;
-    fill_later(p, n, advice);
+      if (!(A_PROT(attr[i]) & (how == MADV_POPULATE_WRITE ? PROT_WRITE : PROT_READ | PROT_WRITE))) return r ? r : -EINVAL;
+    fill_later(p, n, how);
     break;
+  case MADV_HUGEPAGE: advise(p, n, SY_ADVICE_HUGE); break;
+  case MADV_NOHUGEPAGE: advise(p, n, SY_ADVICE_SMALL); break;
   case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
-  case MADV_HUGEPAGE: case MADV_NOHUGEPAGE: case MADV_MERGEABLE: case MADV_UNMERGEABLE: case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
+  case MADV_MERGEABLE: case MADV_UNMERGEABLE: case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
   default: return -EINVAL;
   }
   if (set | clear)
     for (uint64_t i = p; i < p + n; i++)
       if (attr[i] & A_MAPPED) attr[i] = (uint8_t)((attr[i] | set) & ~clear);
-  post(SY_MSG_MM_MADVISE, p, 0, n, 0, (uint64_t)advice, 0);
+  post(SY_MSG_MM_MADVISE, p, 0, n, 0, (uint64_t)how, 0);
   return r;
 }
 

@@ -239,7 +239,9 @@ static void commit(void) {
     op[i].asid = b & 32 ? honest->asid : p->asid ? p->asid : (uint32_t)number();
     op[i].pfn = b & 16 ? (uint32_t)(take(1) << op[i].order % 16) % FRAMES : a_pfn(as_of(p));
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
-    op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : 0;
+    op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : op[i].op == SY_OP_COLLAPSE ? take(2) % 600 : 0;
+    if (op[i].op == SY_OP_COLLAPSE && b & 32) op[i].order = SY_HUGE_ORDER;
+    if (op[i].op == SY_OP_MIGRATE) op[i].arg = b & 16 ? take(1) % 4 : SY_MIGRATE_TO | a_pfn(NULL);
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
     if (op[i].op == SY_OP_PREFETCH && aimed & 16) { /* of a page that is in the store, as a rule */
       uint32_t s = (uint32_t)take(1) % G->hdr->slots;
@@ -317,7 +319,6 @@ static void run_storer(void) {
   busy |= STORER;
   for (uint32_t i = 0; i < G->nas; i++) {
     struct as *a = G->as[i];
-    if (a == honest) continue;
     for (uint64_t id = a->cmd_id > SY_CMD_SLOTS ? a->cmd_id - SY_CMD_SLOTS + 1 : 1; id <= a->cmd_id; id++) {
       const struct sy_cmd *c = NULL;
       for (int k = 0; k < SY_CMD_SLOTS && !c; k++)
@@ -326,6 +327,12 @@ static void run_storer(void) {
         MUST(c->args[1] && c->args[1] <= SY_PREFETCH_PAGES && c->args[0] + c->args[1] <= SY_ARENA_PAGES, "a stub is told to bring back page %lu, %lu of them", c->args[0], c->args[1]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, 0};
       }
+      if (c && c->op == SY_CMD_MOVE && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        uint64_t n = c->args[1];
+        MUST(n && n <= SY_CHUNK_PAGES && c->args[0] + n <= SY_ARENA_PAGES && c->args[2] + n <= FRAMES && c->args[2] % n == 0, "a stub is told to move %lu pages from page %lu on to frame %lu", n, c->args[0], c->args[2]);
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : 1}; /* (who says so, and has not, has only more frames in hand) */
+      }
+      if (a == honest) continue;
       if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
       for (uint32_t r = (uint32_t)c->args[0]; r != (uint32_t)c->args[1]; r++) {
         struct sy_run run = a->mag->evict[r % SY_EVICT_RUNS];
@@ -521,6 +528,9 @@ static void bury_all(void) {
   MUST(G->nas == 1, "%u address spaces stay when their processes have ended", G->nas - 1);
   /* The honest one's stub is not played as far as commands go: what was sent to it stays, and nobody waits for it. */
   for (int i = 0; i < G->npend; i++) MUST(G->pend[i].as == honest && !G->pend[i].listener, "commands wait for the dead");
+  for (int i = 0; i < G->npend; i++)
+    if (G->pend[i].op == SY_CMD_MOVE) moved(G, honest, G->pend[i].args, -EAGAIN, 1);
+  MUST(!honest->moving, "%u moves are still counted", honest->moving);
   G->npend = 0, honest->outstanding = 0;
   for (uint32_t k = 0; k < 16; k++) G->frames[honest_pfn + k].flags = 0;
   G->swapping = 0, memset(G->swapping_on, 0, sizeof G->swapping_on), G->store_tail = G->store_head;

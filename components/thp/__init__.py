@@ -1,0 +1,1 @@
+"""thp: which pages become one 2 MiB block. Policies: ``adaptive`` (the default), ``always``, ``madvise``."""

@@ -1,0 +1,111 @@
+/* gateway, part: pages that go to other frames (MIGRATE, COLLAPSE); stub_move.h says how. A commit takes the frames that they go to, and queues; the
+ * server thread tells the stub; its answer ends it, and an event says how. */
+#define MOVES_AT_ONCE 8u /* of one address space: the program's own memory calls wait meanwhile */
+
+/* A FREE block in a node, ISOLATED; NONE: there is none (under lock). */
+static uint32_t block_in(struct sy_gateway *g, uint32_t node, int order) {
+  uint32_t n = 1u << order, end = g->node[node].base + g->node[node].frames;
+  for (uint32_t p = g->node[node].base; p < end; p += n) {
+    if (n < 64 && p % 64 == 0 && !g->free_map[p / 64]) {
+      p += 64 - n;
+      continue;
+    }
+    if (!all_free(g, p, n)) continue;
+    isolate(g, p, order);
+    return p;
+  }
+  return NONE;
+}
+/* Queues the move of n pages, and takes the frames for it: the FREE block `to`, or any in a node (NONE) (under lock). */
+static uint32_t queue_move(struct sy_gateway *g, struct as *a, struct move m, uint32_t node, int order) {
+  if (a->moving >= MOVES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
+  if (a->zone && g->hdr->watermark[a->zone].free < m.n) return SY_R_FULL;
+  if (m.to == NONE) m.to = block_in(g, node, order);
+  else if (all_free(g, m.to, 1u << order)) isolate(g, m.to, order);
+  else return SY_R_STALE;
+  if (m.to == NONE) return SY_R_FULL;
+  event_frames(g, SY_MSG_FRAMES_TAKEN, a->asid, m.to, 1u << order, order);
+  for (uint32_t i = 0; i < 1u << order; i++) {
+    struct sy_frame *f = &g->frames[m.to + i];
+    f->asid = a->asid, f->flags = SY_FF_TARGET, f->refcount = 0, f->vpage = 0;
+  }
+  set_state(g, m.to, 1u << order, SY_FRAME_GRANTED, order);
+  own(g, a, m.to, 1u << order);
+  g->move[g->move_head++ % MOVE_RING] = m, a->moving++;
+  return SY_R_COMPLETE;
+}
+/* [pfn, pfn + n): pages of one address space, one after the other, that may move; NULL: no (under lock). */
+static struct as *movable(struct sy_gateway *g, uint32_t pfn, uint32_t n) {
+  const struct sy_frame *f = &g->frames[pfn];
+  struct as *a = f->state == SY_FRAME_MAPPED ? find_as(g, f->asid) : NULL;
+  if (!a || a->dying || a->released) return NULL;
+  for (uint32_t i = 0; i < n; i++)
+    if (f[i].state != SY_FRAME_MAPPED || f[i].asid != f->asid || f[i].vpage != f->vpage + i || f[i].flags & SY_FF_SWAPPING || a->pte[f[i].vpage] & SY_PTE_MLOCKED) return NULL;
+  return a;
+}
+static uint32_t migrate(struct sy_gateway *g, const struct sy_op *op) {
+  uint32_t n = 1u << op->order, to = NONE;
+  if (op->order > SY_HUGE_ORDER) return SY_R_INVALID;
+  if (op->arg & SY_MIGRATE_TO) {
+    uint64_t at = op->arg - SY_MIGRATE_TO;
+    if (at >= g->nframes || at % n || n > g->nframes - at) return SY_R_INVALID;
+    to = (uint32_t)at;
+  } else if (op->arg >= g->nodes)
+    return SY_R_INVALID;
+  struct as *a = movable(g, op->pfn, n);
+  if (!a || (to == NONE && g->frames[op->pfn].node == op->arg)) return SY_R_STALE;
+  return queue_move(g, a, (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, 0}, (uint32_t)op->arg, op->order);
+}
+static uint32_t collapse(struct sy_gateway *g, const struct sy_op *op) {
+  uint32_t most = (uint32_t)op->arg & 0xffff, n = SY_CHUNK_PAGES;
+  if (op->order != SY_HUGE_ORDER || op->pfn >= g->nframes || op->arg & ~(uint64_t)(SY_COLLAPSE_ADVISED | 0xffff) || most >= n) return SY_R_INVALID;
+  const struct sy_frame *f = &g->frames[op->pfn];
+  if (f->barrier != op->barrier) return SY_R_STALE;
+  struct as *a = movable(g, op->pfn, 1);
+  if (!a) return SY_R_STALE;
+  uint32_t vpage = (uint32_t)f->vpage & ~(n - 1), first = op->pfn - (uint32_t)(f->vpage - vpage);
+  uint8_t is = a->mem[SY_AS_ADVICE_OFF + vpage / n];
+  if (is & SY_ADVICE_SMALL || (op->arg & SY_COLLAPSE_ADVISED && !(is & SY_ADVICE_HUGE))) return SY_R_NOT_PERMITTED;
+  if (first % n == 0 && first < g->nframes && g->frames[first].vpage == vpage && movable(g, first, n)) return SY_R_STALE; /* it is one block already */
+  return queue_move(g, a, (struct move){a->asid, vpage, n, NONE, NONE, most}, f->node, SY_HUGE_ORDER);
+}
+/* Server thread: the stub's answer, pages that were moved or -errno; or it will give none (asked 0), and is about to end. */
+static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked) {
+  uint32_t n = (uint32_t)args[1], to = (uint32_t)args[2], from = (uint32_t)args[3];
+  struct sy_msg m = {.type = SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)(31 - __builtin_clz(n)), .pfn = from, .arg = (uint64_t)-r};
+  pthread_mutex_lock(&g->lock);
+  a->moving--;
+  if (asked) drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* what it did, it said before */
+  for (uint32_t i = to, k; asked && i < to + n; i += k) {
+    k = 1;
+    if (g->frames[i].asid != a->asid || !(g->frames[i].flags & SY_FF_TARGET)) continue;
+    g->frames[i].flags &= (uint8_t)~SY_FF_TARGET;
+    if (r >= 0 || g->frames[i].state != SY_FRAME_GRANTED) continue;
+    while (i + k < to + n && g->frames[i + k].asid == a->asid && g->frames[i + k].flags & SY_FF_TARGET && g->frames[i + k].state == SY_FRAME_GRANTED) k++;
+    release_frames(g, a, i, k);
+    event_frames(g, SY_MSG_PAGE_FREED, 0, i, k, 0);
+  }
+  if (r >= 0) {
+    m.type = from == NONE ? SY_MSG_PAGE_COLLAPSED : SY_MSG_PAGE_MIGRATED, m.pfn = to, m.arg = from == NONE ? (uint64_t)r : from;
+    m.node = g->frames[to].node;
+  }
+  count(g, r < 0 ? SY_CNT_MOVES_REFUSED : from == NONE ? SY_CNT_COLLAPSED : SY_CNT_MIGRATED, n);
+  event(g, m);
+  pthread_mutex_unlock(&g->lock);
+}
+/* Server thread: tells the stubs. */
+static void send_moves(struct sy_gateway *g) {
+  for (;;) {
+    pthread_mutex_lock(&g->lock);
+    int some = g->move_tail != g->move_head;
+    struct move m = some ? g->move[g->move_tail++ % MOVE_RING] : (struct move){0};
+    struct as *a = some ? find_as(g, m.asid) : NULL;
+    pthread_mutex_unlock(&g->lock);
+    if (!some) return;
+    if (!a || a->dying) continue; /* its frames are buried with it */
+    uint64_t args[6] = {m.vpage, m.n, m.to, m.from, m.most};
+    /* prctl(PR_SET_THP_DISABLE) */
+    if (m.from == NONE && status_field(g, a->pid, "\nTHP_enabled:") == 0) moved(g, a, args, -EPERM, 1);
+    else if (command(g, a, SY_CMD_MOVE, 0, args, NULL, 0)) moved(g, a, args, -ENOMEM, 1);
+  }
+}
