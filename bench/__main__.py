@@ -6,6 +6,7 @@ medians. Results go to ``bench/results/latest.json`` as well. Exit status 0 whet
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -245,12 +246,68 @@ def life(b: Bench) -> list[Row]:
     return rows
 
 
+def thp(b: Bench) -> list[Row]:
+    """20 million random reads over 512 MiB, by huge mappings and by small ones."""
+    mib, program = 512, b.run_dir.parent / "huge"
+    subprocess.run(["gcc", "-O2", "-o", program, HERE.parent / "tests/programs/huge.c", "-lpthread"], check=True)
+
+    def read(p: subprocess.Popen[str]) -> float:
+        assert p.stdin and p.stdout
+        p.stdin.write("\n")
+        p.stdin.flush()
+        return float(p.stdout.readline())
+
+    def huge_mib(p: subprocess.Popen[str]) -> int:
+        smaps = Path(f"/proc/{p.pid}/smaps").read_text()
+        return sum(int(kib) for kib in re.findall(r"(?:Anon|ShmemPmd)(?:HugePages|Mapped): +(\d+) kB", smaps)) >> 10
+
+    def collapsed(p: subprocess.Popen[str]) -> float:
+        began, before = time.monotonic(), -1
+        while (now := huge_mib(p)) < mib and (now > before or time.monotonic() < began + 5):
+            before = now
+            time.sleep(1)
+        return time.monotonic() - began
+
+    with contextlib.ExitStack() as undo:
+
+        def start(command: list[str]) -> subprocess.Popen[str]:
+            p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            undo.callback(p.wait, 20)
+            undo.callback(p.kill)
+            assert p.stdout and p.stdout.readline()
+            return p
+
+        ctl = [str(SYLVIE.with_name("supervisorctl")), "-c", str(b.run_dir / "supervisord.conf")]
+        subprocess.run([*ctl, "stop", "thp"], check=True, capture_output=True)
+        control(b.run_dir, {"t": "fault_order", "asid": 0, "order": 4, "max_order": 4})
+        native = [start([str(program), str(mib), what, "reads"]) for what in ("small", "advised")]
+        ours = start(b.managed([str(program), str(mib), "plain", "reads"]))
+        times: list[list[float]] = [[], [], [], []]
+        for _ in range(ROUNDS):
+            for k, p in enumerate((*native, ours)):
+                times[k].append(read(p))
+        before = huge_mib(ours)
+        subprocess.run([*ctl, "start", "thp"], check=True, capture_output=True)
+        took = collapsed(ours)
+        for _ in range(ROUNDS):
+            times[3].append(read(ours))
+        control(b.run_dir, {"t": "fault_order", "asid": 0, "order": 4, "max_order": 9})
+        off, on, scattered, blocks = (statistics.median(t) for t in times)
+        return [
+            Row(f"random reads, THP off natively; {before} MiB in huge mappings here", "s", off, scattered, scattered / off, ""),
+            Row(f"random reads, THP on natively ({huge_mib(native[1])} MiB); {huge_mib(ours)} MiB here after collapse", "s", on, blocks, blocks / on, ""),
+            Row("… collapse beside none, here; and natively", "ratio", on / off, blocks / scattered, None, ""),
+            Row(f"collapse of {mib} MiB", "s", None, took, None, ""),
+        ]
+
+
 SUITES: dict[str, Callable[[Bench], list[Row]]] = {
     "memory": memory,
     "starts": starts,
     "python": python,
     "redis": redis,
     "bus": bus,
+    "thp": thp,
 }
 
 

@@ -62,7 +62,7 @@ class Kswapd:
 def store(root_dir: Path) -> Iterator[Enclave]:
     e = bring_up(root_dir / "ov", "--ram", "64M", "--swap", "64M")
     try:
-        conf = ["-c", str(e.run_dir / "supervisord.conf"), "stop", "kswapd"]
+        conf = ["-c", str(e.run_dir / "supervisord.conf"), "stop", "kswapd", "thp"]  # what leaves and what comes back is ours to say
         supervisorctl = Path(sys.executable).with_name("supervisorctl")
         subprocess.run([supervisorctl, *conf], check=True, timeout=30, capture_output=True)
         yield e

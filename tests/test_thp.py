@@ -38,6 +38,10 @@ def roomy(root_dir: Path) -> Iterator[Enclave]:
 @pytest.fixture
 def enclave(roomy: Enclave) -> Iterator[Enclave]:
     yield roomy
+    while started:  # of a test that failed
+        p = started.pop()
+        p.kill()
+        p.wait(10)
     roomy.idle()
     roomy.check()
 
@@ -74,6 +78,9 @@ def in_place_of(e: Enclave, component: str) -> Iterator[Callable[..., list[str]]
         wait_for(lambda: e.component(component)["state"] == "online", 20, component)
 
 
+started: list[subprocess.Popen[str]] = []  # of the test at hand
+
+
 class Huge:
     """tests/programs/huge.c: ``at`` = its memory."""
 
@@ -82,6 +89,7 @@ class Huge:
         assert self.p.stdout
         self.mib = mib
         self.at = int(self.p.stdout.readline(), 16)
+        started.append(self.p)
 
     def mapped_huge(self) -> int:
         """MiB of it that the kernel maps by 2 MiB entries, as smaps has it."""
@@ -119,7 +127,7 @@ def test_mapped_by_huge_entries_while_threads_write(enclave: Enclave, compiled: 
     assert len(f) == MIB * 256 and all((f[i] % PAGES == 0) and (np.diff(f[i : i + PAGES]) == 1).all() for i in range(0, len(f), PAGES))
     h.ends_well()
     assert enclave.status()["counters"]["collapsed"] >= before + MIB * 128
-    assert enclave.component("thp")["dump"]["collapsed"] >= MIB // 4
+    wait_for(lambda: enclave.component("thp")["dump"]["collapsed"] >= MIB // 4, 5, "it does not say so")
 
 
 @pytest.mark.parametrize("what", ["small", "never"])
@@ -166,9 +174,9 @@ def test_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[[str],
         enclave.request(t="fault_order", asid=0, order=0, max_order=0)
         h = Huge(enclave, compiled, "sparse", 4)
         enclave.request(t="fault_order", asid=0, order=4, max_order=9)
+        wait_for(lambda: len(h.frames(enclave)) == 128, 5, "the gateway has not heard of all")
         f = h.frames(enclave)
         free = int(np.flatnonzero(tables(enclave).frames["state"] == lib.SY_FRAME_FREE)[0])
-        assert len(f) == 128
         assert commit(lib.SY_OP_COLLAPSE, f[0], HUGE, 511, behind=1) == ["STALE"]
         assert commit(lib.SY_OP_COLLAPSE, f[0], 3, 511) == commit(lib.SY_OP_COLLAPSE, f[0], HUGE, 512) == ["INVALID"]
         assert commit(lib.SY_OP_COLLAPSE, RAM * 256, HUGE, 511) == commit(lib.SY_OP_COLLAPSE, f[0], HUGE, 1 << 40) == ["INVALID"]

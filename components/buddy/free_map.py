@@ -47,6 +47,11 @@ class FreeMap(ABC):
         touched[index // REGION] = True
         self._changed(np.flatnonzero(touched))
 
+    def hide(self, pfn: int, npages: int) -> None:
+        """Regards these frames as taken, until ``look`` is told to read them again."""
+        self._free[pfn : pfn + npages] = False
+        self._changed(np.arange(pfn // REGION, (pfn + npages - 1) // REGION + 1))
+
     @property
     def free_frames(self) -> int:
         """Frames that can be taken, all nodes."""

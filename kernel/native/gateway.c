@@ -109,7 +109,7 @@ struct as {
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
   int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
   uint64_t prefetching, prefetch_told_ns; /* pages that it is to bring back, or was told to; when it was told last (under lock) */
-  uint32_t moving;        /* moves queued, or told and not answered (under lock) */
+  uint32_t moving, moves; /* pages queued to move, or told and not answered; in how many moves (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
   uint64_t killed_ns;     /* ended for want of frames */

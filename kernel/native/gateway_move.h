@@ -1,6 +1,7 @@
 /* gateway, part: pages that go to other frames (MIGRATE, COLLAPSE); stub_move.h says how. A commit takes the frames that they go to, and queues; the
  * server thread tells the stub; its answer ends it, and an event says how. */
-#define MOVES_AT_ONCE 8u /* of one address space: the program's own memory calls wait meanwhile */
+#define MOVING_MOST (8u * SY_CHUNK_PAGES) /* pages of one address space that may be on the way, … */
+#define MOVES_AT_ONCE 128u                /* … and in how many moves: the program's own memory calls wait their turn meanwhile */
 
 /* A FREE block in a node, ISOLATED; NONE: there is none (under lock). */
 static uint32_t block_in(struct sy_gateway *g, uint32_t node, int order) {
@@ -18,7 +19,7 @@ static uint32_t block_in(struct sy_gateway *g, uint32_t node, int order) {
 }
 /* Queues the move of n pages, and takes the frames for it: the FREE block `to`, or any in a node (NONE) (under lock). */
 static uint32_t queue_move(struct sy_gateway *g, struct as *a, struct move m, uint32_t node, int order) {
-  if (a->moving >= MOVES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
+  if (a->moving + m.n > MOVING_MOST || a->moves >= MOVES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   if (a->zone && g->hdr->watermark[a->zone].free < m.n) return SY_R_FULL;
   if (m.to == NONE) m.to = block_in(g, node, order);
   else if (all_free(g, m.to, 1u << order)) isolate(g, m.to, order);
@@ -31,7 +32,7 @@ static uint32_t queue_move(struct sy_gateway *g, struct as *a, struct move m, ui
   }
   set_state(g, m.to, 1u << order, SY_FRAME_GRANTED, order);
   own(g, a, m.to, 1u << order);
-  g->move[g->move_head++ % MOVE_RING] = m, a->moving++;
+  g->move[g->move_head++ % MOVE_RING] = m, a->moving += m.n, a->moves++;
   return SY_R_COMPLETE;
 }
 /* [pfn, pfn + n): pages of one address space, one after the other, that may move; NULL: no (under lock). */
@@ -74,7 +75,7 @@ static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int6
   uint32_t n = (uint32_t)args[1], to = (uint32_t)args[2], from = (uint32_t)args[3];
   struct sy_msg m = {.type = SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)(31 - __builtin_clz(n)), .pfn = from, .arg = (uint64_t)-r};
   pthread_mutex_lock(&g->lock);
-  a->moving--;
+  a->moving -= n, a->moves--;
   if (asked) drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* what it did, it said before */
   for (uint32_t i = to, k; asked && i < to + n; i += k) {
     k = 1;

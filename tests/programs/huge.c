@@ -1,6 +1,6 @@
-/* argv: MiB, what. Memory of which every page is touched, in no order; two threads count in it until a line comes in, and no count may be lost. what: "plain";
- * "small": MADV_NOHUGEPAGE; "advised": MADV_HUGEPAGE; "never": prctl(PR_SET_THP_DISABLE); "sparse": one page of eight only; "reads": one thread reads at random,
- * and says how long that took, for each line that comes in. Prints where the memory is, once it is there. */
+/* argv: MiB, what [, "reads"]. Memory of which every page is touched, in no order; two threads count in it until a line comes in, and no count may be lost. what: "plain";
+ * "small": MADV_NOHUGEPAGE; "advised": MADV_HUGEPAGE; "never": prctl(PR_SET_THP_DISABLE); "sparse": one page of eight only. With "reads" one
+ * thread reads at random, instead, and says how long that took, for each line that comes in. Prints where the memory is, once it is there. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
@@ -34,7 +34,7 @@ static double seconds(void) {
   return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 int main(int argc, char **argv) {
-  if (argc != 3) return 2;
+  if (argc != 3 && argc != 4) return 2;
   const char *what = argv[2];
   size_t n = (size_t)atoi(argv[1]) << 20;
   if (!strcmp(what, "never") && prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)) return 3;
@@ -48,7 +48,7 @@ int main(int argc, char **argv) {
   for (size_t i = pages; i-- > 0;) *page(i) = i + 1;
   printf("%lx\n", (unsigned long)at);
   fflush(stdout);
-  if (!strcmp(what, "reads")) {
+  if (argc == 4) {
     for (char line[8]; fgets(line, sizeof line, stdin);) {
       uint64_t x = 1234567, sum = 0;
       double began = seconds();
