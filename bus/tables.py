@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,35 @@ def maximal_blocks(free: NDArray[np.bool_]) -> NDArray[np.int8]:
         level = above
     heads[::REGION][level] = MAX_ORDER
     return heads
+
+
+def alike_blocks(frames: NDArray[np.void], pfns: NDArray[np.int64], highest: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Divides frames into aligned blocks, as large as can be, of pages that follow one another in one address space: what MIGRATE can move in
+    one piece. Yields (order, first pfns), large ones first; together all of ``pfns``.
+
+    :param pfns: ascending, each once
+    :param highest: order of the largest
+    """
+    begin = (frames["vpage"][pfns].astype(np.int64) - pfns) + (frames["asid"][pfns].astype(np.int64) << 32)
+    for order in range(highest, 0, -1):
+        n = 1 << order
+        if len(pfns) < n:
+            continue
+        # whole blocks: whose first is aligned, and whose last, n - 1 further in the list, is n - 1 frames further and has the same begin
+        at = np.flatnonzero(pfns[: len(pfns) - n + 1] % n == 0)
+        last = at + n - 1
+        alike = (pfns[last] - pfns[at] == n - 1) & (begin[last] == begin[at])
+        # (between them others may begin elsewhere)
+        runs = np.cumsum(np.diff(begin, prepend=begin[0]) != 0)
+        at = at[alike & (runs[last] == runs[at])]
+        if not len(at):
+            continue
+        yield order, pfns[at]
+        rest = np.ones(len(pfns), np.bool_)
+        rest[(at[:, None] + np.arange(n)).reshape(-1)] = False
+        pfns, begin = pfns[rest], begin[rest]
+    if len(pfns):
+        yield 0, pfns
 
 
 def free_blocks(frames: NDArray[np.void], nodes: list[tuple[int, int]]) -> list[list[int]]:

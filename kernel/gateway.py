@@ -38,7 +38,7 @@ from bus.codec import BusError
 from bus.keys import COMPONENT_IDS
 from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_blocks, slabinfo
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
-from kernel import host
+from kernel import host, topology
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
 from kernel.heat import Monitor
 
@@ -126,6 +126,12 @@ class Gateway:
         self.gw = lib.sy_gw_new(str(run_dir).encode(), ram, nodes, why, len(why))
         if self.gw == ffi.NULL:
             raise BusError(ffi.string(why).decode(errors="replace") or "the enclave could not be made")
+        self.topology = topology.find(nodes)
+        near = self.topology
+        rows = [[*row, *[0] * (lib.SY_MAX_NODES - nodes)] for row in near.distance]
+        flat = bytes(x for row in rows for x in row).ljust(64, b"\0")
+        if error := -lib.sy_gw_set_topology(self.gw, bytes(near.cpu_node), len(near.cpu_node), flat, near.kernel_node):
+            raise BusError(f"RAM cannot be bound to the machine's nodes {near.kernel_node}: {os.strerror(error)}")
         oom = config.get("oom", "kill")
         if oom not in OOM:
             raise BusError(f"config.json has 'oom': {oom!r}; it is one of {sorted(OOM)}")
@@ -517,6 +523,7 @@ class Gateway:
             },
             "address_spaces": self._address_spaces(),
             "heat": self.monitor.report(),
+            "topology": self.topology.as_dict(),
             "reserve": _by_order(levels),
             "refusals": dict(self.refusals),
             "counters": counters | self.counters | {"events_lost": header.events_lost, "event_seq": header.event_seq},

@@ -57,7 +57,7 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 
 @cli.command()
 @click.option("--ram", default="1G", show_default=True, help="RAM of the enclave: a number with K, M or G.")
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1, 8), help="NUMA nodes to divide it into.")
+@click.option("--nodes", default=None, type=click.IntRange(1, 8), help="NUMA nodes to divide it into.  [default: the machine's]")
 @click.option(
     "--implementation", "-i", multiple=True, metavar="COMPONENT=NAME", help="Another implementation of a component."
 )
@@ -94,7 +94,7 @@ def cli(ctx: click.Context, run_dir: str | None) -> None:
 def up(
     ctx: click.Context,
     ram: str,
-    nodes: int,
+    nodes: int | None,
     implementation: tuple[str, ...],
     oom: str,
     overcommit: bool,
@@ -110,11 +110,12 @@ def up(
     Example: sylvie up --ram 4G --nodes 2 --user www-data
              sylvie up --ram 1G --swap 4G --pool 25%
     """
+    from kernel.topology import machine_nodes
     from sylvie import life
 
     settings = {
         "ram": life.parse_size(ram),
-        "nodes": nodes,
+        "nodes": nodes or min(8, len(machine_nodes())),
         "oom": oom,
         "overcommit": overcommit,
         "swap": life.parse_size(swap) if swap != "0" else 0,
@@ -123,6 +124,23 @@ def up(
         "users": life.parse_users(users),
     }
     life.up(chosen(ctx, run_dir), settings, life.parse_implementations(implementation))
+
+
+@cli.command()
+@click.option("--measure", is_flag=True, help="Infer it from how long a cache line takes from CPU to CPU.")
+@json_option
+@run_dir_option
+@click.pass_context
+def topology(ctx: click.Context, measure: bool, as_json: bool, run_dir: str | None) -> None:
+    """Nodes, their CPUs and distances: of the enclave if one is up, else as it would have them.
+
+    \b
+    Example: sylvie topology
+             sylvie topology --measure --json
+    """
+    from sylvie import show
+
+    show.topology(chosen(ctx, run_dir), measure, as_json)
 
 
 @cli.command()

@@ -97,6 +97,41 @@ def status(run_dir: Path, as_json: bool) -> None:
         out.print(t)
 
 
+def topology(run_dir: Path, measure: bool, as_json: bool) -> None:
+    """Nodes, CPUs and distances; with ``measure`` how long a cache line takes between any two CPUs that we may use.
+
+    :raises Problem: it cannot be measured
+    """
+    import os
+
+    from kernel import topology as machine
+
+    if (run_dir / "txn.ipc").exists():
+        answer = control(run_dir, {"t": "status"})["topology"]
+    else:
+        answer = machine.find(len(machine.machine_nodes())).as_dict()
+    cpus = sorted(os.sched_getaffinity(0))
+    if measure:
+        if len(cpus) < 2:
+            raise Problem("there is one CPU only: nothing to measure between")
+        try:
+            latency = machine.measure(cpus)
+        except OSError as e:
+            raise Problem(f"{e.strerror or e}: is the machine very busy, or are CPUs offline?") from None
+        answer["latency_ns"] = {"cpus": cpus, "ns": latency.round(1).tolist()}
+        answer["levels"] = [{"ns": round(t, 1), "groups": [[cpus[i] for i in g] for g in groups]} for t, groups in machine.levels(latency)]
+    if as_json:
+        print(json.dumps(answer))
+        return
+    how = "the machine's" if answer["source"] == "kernel" else "divided evenly" if len(answer["distance"]) > 1 else "one"
+    print(f"nodes: {how}")
+    for node, row in enumerate(answer["distance"]):
+        mine = ",".join(str(c) for c, n in enumerate(answer["cpu_node"]) if n == node)
+        print(f"node {node}: CPUs {mine or 'none'}; distances {' '.join(f'{d:3d}' for d in row)}")
+    for level in answer.get("levels", []):
+        print(f"within {level['ns']:.0f} ns: " + "  ".join("{" + ",".join(map(str, g)) + "}" for g in level["groups"]))
+
+
 def buddyinfo(run_dir: Path, as_json: bool) -> None:
     """Free blocks per node and order."""
     answer = control(run_dir, {"t": "buddyinfo"})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bus.tables import alike_blocks
 from components.buddy.buddy import BuddyAllocator
 from components.buddy.buddy import Policy as Buddy
 from kernel.abi import lib
@@ -103,26 +104,19 @@ class Policy(Buddy):
         first = base + best * PAGES
         self.allocator.hide(first, PAGES)
         moves = 0
-        left = mapped[best * PAGES : (best + 1) * PAGES].copy()
-        for order in range(ORDER - 1, -1, -1):
-            at = self._alike(first, left, order)
-            targets = self.allocator.take(order, len(at), node)
-            if len(targets):
-                at = at[: len(targets)]
-                left.reshape(-1, 1 << order)[(at - first) >> order] = False
-                for pfn, to in zip(at.tolist(), targets.tolist(), strict=True):
-                    self.txn.add(lib.SY_OP_MIGRATE, pfn, order, arg=lib.SY_MIGRATE_TO | to)
-                moves += len(at)
+        for order, blocks in alike_blocks(self.frames, first + np.flatnonzero(mapped[best * PAGES : (best + 1) * PAGES]), ORDER - 1):
+            moves += self._move(blocks, order, node)
         self.windows[node] = Window(first, moves, now + PATIENCE)
 
-    def _alike(self, first: int, left: NDArray[np.bool_], order: int) -> NDArray[np.int64]:
-        """Aligned blocks of that order in a window, all of whose frames are ``left`` and hold pages of one program, one after the other; first
-        pfns."""
-        f = self.frames[first : first + PAGES]
-        begin = (f["vpage"].astype(np.int64) - np.arange(PAGES)) + (f["asid"].astype(np.int64) << 32)
-        rows = begin.reshape(-1, 1 << order)
-        same = left.reshape(-1, 1 << order).all(axis=1) & (rows == rows[:, :1]).all(axis=1)
-        return first + (np.flatnonzero(same).astype(np.int64) << order)
+    def _move(self, at: NDArray[np.int64], order: int, node: int) -> int:
+        """Sends these blocks elsewhere, in halves where nothing free is as large. Number of moves."""
+        targets = self.allocator.take(order, len(at), node)
+        for pfn, to in zip(at.tolist(), targets.tolist(), strict=False):
+            self.txn.add(lib.SY_OP_MIGRATE, pfn, order, arg=lib.SY_MIGRATE_TO | to)
+        left = at[len(targets) :]
+        if not len(left) or not order:
+            return len(targets)
+        return len(targets) + self._move(np.concatenate([left, left + (1 << order - 1)]), order - 1, node)
 
     def dump(self) -> dict[str, Any]:
         return super().dump() | {"moved": self.moved, "refused_moves": self.refused_moves, "emptied": self.emptied}

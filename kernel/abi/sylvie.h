@@ -14,6 +14,7 @@
 #define SY_MAX_ORDER 10
 #define SY_HUGE_ORDER 9
 #define SY_MAX_NODES 8
+#define SY_MAX_CPUS 1024
 /* A zone is what has watermarks: a node (its number), or a limit on the frames of a program and all that it starts (SY_MAX_NODES and up). */
 #define SY_MAX_LIMITS 24
 #define SY_MAX_ZONES 32
@@ -48,7 +49,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_FAULT = 200,    /* vpage; arg = userfaultfd flags: a fault the stub could not settle */
   SY_MSG_PAGE_MAPPED = 201,   /* vpage, pfn, order, npages = 1 << order */
   SY_MSG_PAGE_FREED = 202,    /* pfn, npages: frames that are FREE again. From the stub also vpage */
-  SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was */
+  SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was; arg = 1 + the CPU that did, 0: not known */
   SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave; those that are FREE now PAGE_FREED names, the others are GRANTED to asid again; arg = first slot */
   SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
   SY_MSG_PAGE_COW = 206,
@@ -284,6 +285,8 @@ struct sy_header {
   uint32_t pool_max;                 /* frames that compressed pages may take */
   uint32_t pool_frames;              /* … and take now */
   struct sy_monitor monitor;
+  uint8_t cpu_node[SY_MAX_CPUS];     /* the node that a CPU is near; see kernel/topology.py */
+  uint8_t distance[64];              /* from node a to node b, at a * SY_MAX_NODES + b: 10 = here, as ACPI has it */
 };
 #define SY_HEADER_BYTES 4096
 /* When a page is touched and nothing is left: its program gets native memory; or, as Linux does it, the program with the most frames

@@ -47,6 +47,11 @@ int sy_gw_release(struct sy_gateway *gw, uint32_t asid);
 uint32_t sy_gw_sample(struct sy_gateway *gw, uint32_t *pfn, uint32_t *barrier, uint32_t n);
 uint32_t sy_gw_look(struct sy_gateway *gw, const uint32_t *pfn, const uint32_t *barrier, const uint8_t *touched, uint32_t n, uint32_t source, uint32_t *looked);
 void sy_gw_monitor(struct sy_gateway *gw, const struct sy_monitor *m);
+/* Before sy_gw_start: which node each of n CPUs is near, the nodes' distances (SY_MAX_NODES a row), and the machine's node whose memory each shall have, -1 for any.
+ * 0 or -errno. */
+int sy_gw_set_topology(struct sy_gateway *gw, const uint8_t *cpu_node, uint32_t n, const uint8_t *distance, const int *kernel_node);
+/* Nanoseconds that a cache line takes from one CPU to another; -1: errno says why. Takes 2 s at most. */
+double sy_probe_latency(int cpu_a, int cpu_b, uint32_t rounds);
 /* The pool's caches, in ascending order of size: SY_SLAB_CACHES of them. */
 int sy_gw_slabinfo(struct sy_gateway *gw, struct sy_slab_info *out);
 int sy_gw_as_list(struct sy_gateway *gw, struct sy_as_info *out, int max);

@@ -768,6 +768,19 @@ int sy_gw_set_watermarks(struct sy_gateway *g, uint32_t node, uint32_t min, uint
   poke(g);
   return 0;
 }
+int sy_gw_set_topology(struct sy_gateway *g, const uint8_t *cpu_node, uint32_t n, const uint8_t *distance, const int *kernel_node) {
+  if (n > SY_MAX_CPUS) return -EINVAL;
+  memcpy(g->hdr->cpu_node, cpu_node, n), memcpy(g->hdr->distance, distance, sizeof g->hdr->distance);
+  for (uint32_t i = 0; i < g->nodes; i++) {
+    unsigned long mask[16] = {0};
+    if (kernel_node[i] < 0) continue;
+    if (kernel_node[i] >= 1024) return -EINVAL;
+    mask[kernel_node[i] / 64] = 1ul << kernel_node[i] % 64;
+    /* of the file, for all who map it */
+    if (syscall(SYS_mbind, g->ram[i], (unsigned long)g->node[i].frames * PS, 2 /* MPOL_BIND */, mask, 1024ul, 0ul)) return -errno;
+  }
+  return 0;
+}
 int sy_gw_admit(struct sy_gateway *g, uint32_t uid) {
   if (g->nusers == SY_MAX_USERS) return -1;
   g->user[g->nusers++] = uid;
@@ -784,7 +797,8 @@ int sy_gw_release(struct sy_gateway *g, uint32_t asid) {
 static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: who may */
   switch (op) {
   case SY_OP_GRANT: case SY_OP_RESERVE: case SY_OP_RELEASE: return component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_RECLAIM: case SY_OP_AGE: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_AGE: return component == SY_C_KSWAPD || component == SY_C_AUTONUMA ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
+  case SY_OP_RECLAIM: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_COLLAPSE: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
@@ -867,7 +881,7 @@ int sy_gw_commit(struct sy_gateway *g, uint32_t component, struct sy_op *ops, in
     if (ops[i].result == SY_R_COMPLETE) done++;
     else count(g, SY_CNT_REFUSED, 1);
   }
-  if ((component == SY_C_KSWAPD || g->move_tail != g->move_head) && done) poke(g);
+  if ((component == SY_C_KSWAPD || component == SY_C_AUTONUMA || g->move_tail != g->move_head) && done) poke(g);
   return done;
 }
 
@@ -1040,6 +1054,7 @@ int sy_gw_check(struct sy_gateway *g, char *text, size_t len) {
   return r.n;
 }
 
+#include "gateway_probe.h"
 /* ---------------------------------------------------------------- start and stop */
 static void populate_chunk(struct sy_gateway *g, uint32_t nd, uint32_t first, int pagemap) {
   uint8_t *m = g->ram[nd] + (uint64_t)(first - g->node[nd].base) * PS;

@@ -69,6 +69,12 @@ static void find_main_cpu(int other_tls) {
   __asm__("mov %%fs:0,%0" : "=r"(thread));
   main_cpu = !other_tls && &__rseq_size && __rseq_size ? (void *)(thread + (uintptr_t)__rseq_offset + 4) : 0;
 }
+/* 1 + the CPU of the thread whose fault it is, as far as the kernel knows it by now; 0: not known. */
+static uint32_t toucher[SY_SERVICE_THREADS];
+static uint64_t cpu_of_toucher(int me) {
+  int cpu = main_cpu && toucher[me] == (uint32_t)owner_pid ? *main_cpu : cpu_of(toucher[me]);
+  return cpu < 0 ? 0 : (uint64_t)cpu + 1;
+}
 /* Where the program faults is the reader to be: the fault thread of that CPU, or else this one goes there. A CPU that is not known without
  * asking the kernel is asked for now and then only; and nobody moves for one fault. */
 #define NOW_AND_THEN 16
@@ -341,6 +347,7 @@ static void fault_thread(long me) {
     for (u[0] = 0, u[1] = (int)(r / (long)sizeof *m); u[0] < u[1];) {
       struct uffd_msg f = m[u[0]++];
       if (f.event != UFFD_EVENT_PAGEFAULT) continue;
+      toucher[me] = f.arg.pagefault.feat.ptid;
       __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
       if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) {

@@ -158,7 +158,7 @@ static void map_again(int me, uint64_t p, word_t w, int prot) {
     leave_reading(me), nap(1000);
     return;
   }
-  post(SY_MSG_PAGE_HINT, p, pfn, 1, 0, 0, 0);
+  post(SY_MSG_PAGE_HINT, p, pfn, 1, 0, nodes > 1 ? cpu_of_toucher(me) : 0, 0);
   back_again(p, pfn, 1, prot);
 }
 /* Words of [p, p + n) that are locked go back to the store's slots that they name. */

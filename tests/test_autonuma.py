@@ -1,0 +1,157 @@
+"""autonuma on two nodes that divide RAM: pages come to who uses them, go where a policy wants them, and nobody notices; and the topology."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Enclave, bring_up, take_down, wait_for
+from test_swap import tables
+
+from bus.tables import alike_blocks
+from kernel.abi import FRAME_DTYPE, lib
+from kernel.topology import find, levels, measure, numbers
+
+HALF = 64  # MiB a node
+
+
+@pytest.fixture(scope="module")
+def two_nodes(root_dir: Path) -> Iterator[Enclave]:
+    e = bring_up(root_dir / "nu", "--ram", f"{2 * HALF}M", "--nodes", "2")
+    yield e
+    take_down(e)
+
+
+@pytest.fixture
+def enclave(two_nodes: Enclave) -> Iterator[Enclave]:
+    yield two_nodes
+    two_nodes.idle()
+    two_nodes.check()
+
+
+@contextlib.contextmanager
+def placed(e: Enclave, compiled: Callable[[str], Path], *what: object) -> Iterator[list[Callable[[int], float]]]:
+    """tests/programs/placed.c; for each of its pieces a function: which share of it is on a node."""
+    p = e.popen([compiled("placed"), *what], stdin=subprocess.PIPE)
+    try:
+        assert p.stdout
+        asid = None
+        at = [(int(a, 16) - lib.SY_ARENA_START) // 4096 for a in p.stdout.readline().split()]
+        asid = next(a["asid"] for a in e.status()["address_spaces"] if a["pid"] == p.pid)
+        f = tables(e).frames
+
+        def share(piece: int, node: int) -> float:
+            first, end = at[piece], at[piece] + int(str(what[1 + piece])) * 256
+            mine = f[(f["state"] == lib.SY_FRAME_MAPPED) & (f["asid"] == asid) & (f["vpage"] >= first) & (f["vpage"] < end)]
+            return float(np.count_nonzero(mine["node"] == node)) / (end - first)
+
+        yield [lambda node: share(0, node), lambda node: share(1, node)]
+        assert p.communicate("\n", timeout=60)[0] == "wrong 0\n"
+    finally:
+        p.kill()
+        p.wait(10)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU only: every touch is near the same node")
+def test_pages_come_to_who_touches_them(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    """hinting, the default; killed now and then."""
+    cpu_node = enclave.status()["topology"]["cpu_node"]
+    with placed(enclave, compiled, "own", 12, 12) as (first, second):
+        for _ in range(2):
+            time.sleep(0.7)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(enclave.component("autonuma")["pid"], signal.SIGKILL)
+        wait_for(lambda: first(cpu_node[0]) > 0.9 and second(cpu_node[1]) > 0.9, 40, f"{first(0)}, {second(1)} are where they belong")
+        dump = wait_for(lambda: enclave.component("autonuma")["dump"], 5, "no dump")
+        assert sum(dump["moved"]) > 0
+
+
+def test_interleaved(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    enclave.cli("swap", "autonuma", "interleave")
+    try:
+        with placed(enclave, compiled, "hot", 16, 16) as (first, second):
+            wait_for(lambda: 0.4 < first(0) < 0.6 and 0.4 < second(0) < 0.6, 30, f"{first(0)}, {second(0)} on node 0")
+    finally:
+        enclave.cli("swap", "autonuma", "hinting")
+
+
+def test_hot_pages_come_up_and_cold_ones_go_down(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    enclave.cli("swap", "autonuma", "tiering")
+    try:
+        with placed(enclave, compiled, "hot", HALF, 16) as (cold, hot):
+            wait_for(lambda: hot(0) > 0.9, 60, f"of the hot pages {hot(0)} are on the fast node, of the cold ones {cold(0)}")
+            assert cold(1) > 0.2
+    finally:
+        enclave.cli("swap", "autonuma", "hinting")
+
+
+def test_all_components_killed_at_once(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    with placed(enclave, compiled, "own", 16, 16) as (first, second):
+        for _ in range(3):
+            for c in enclave.status()["components"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(c["pid"], signal.SIGKILL)
+            time.sleep(0.6)
+        wait_for(lambda: all(c["state"] == "online" for c in enclave.status()["components"]), 20, "not all are back")
+        assert first(0) + first(1) == second(0) + second(1) == 1.0
+
+
+# ---- topology ----
+def put(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        at = root / "sys/devices/system/node" / name.replace("__", "/")
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_text(text + "\n")
+
+
+def test_the_machines_own_nodes(tmp_path: Path) -> None:
+    """Node 2 has CPUs and no memory; it is nearer to 1."""
+    put(tmp_path, has_memory="0-1", online="0-2", node0__cpulist="0-1", node1__cpulist="2,3", node2__cpulist="4",
+        node0__distance="10 21 31", node1__distance="21 10 17", node2__distance="31 17 10")  # fmt: skip
+    t = find(2, tmp_path, 5)
+    assert (t.cpu_node, t.distance, t.kernel_node, t.source) == ([0, 0, 1, 1, 1], [[10, 21], [21, 10]], [0, 1], "kernel")
+    divided = find(4, tmp_path, 5)
+    assert (divided.cpu_node, divided.kernel_node, divided.source) == ([0, 0, 1, 2, 3], [-1] * 4, "divided")
+    assert find(1, tmp_path, 3).cpu_node == [0, 0, 0]
+    assert numbers("0-2,5") == [0, 1, 2, 5] and numbers("\n") == []
+
+
+def test_levels_of_a_machine() -> None:
+    """Two sockets of two cores of two threads, by their times."""
+    ns = np.array([[0 if a == b else 20 if a // 2 == b // 2 else 60 if a // 4 == b // 4 else 150 for b in range(8)] for a in range(8)], float)
+    ns += np.triu(np.arange(64).reshape(8, 8) % 5, 1) + np.triu(np.arange(64).reshape(8, 8) % 5, 1).T
+    found = [groups for _, groups in levels(ns)]
+    assert found == [[[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]], [list(range(8))]]
+    assert levels(np.zeros((1, 1))) == []
+
+
+def test_shown(enclave: Enclave) -> None:
+    said = json.loads(enclave.cli("topology", "--json").stdout)
+    assert said["distance"] == [[10, 20], [20, 10]] and said["source"] == "divided" and set(said["cpu_node"]) == {0, 1}
+    assert "node 1: CPUs" in enclave.cli("topology").stdout
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) > 1:
+        assert 1 < measure(cpus[:2])[0, 1] < 1e6
+        measured = json.loads(enclave.cli("topology", "--measure", "--json").stdout)
+        assert measured["levels"][-1]["groups"] == [cpus]
+    with pytest.raises(OSError, match="cannot measure"):
+        measure([cpus[0], 1023])
+
+
+def test_blocks_that_move_in_one_piece() -> None:
+    f = np.zeros(64, FRAME_DTYPE)
+    f["asid"], f["vpage"] = 1, 100 + np.arange(64)
+    f["vpage"][20:24] += 50
+    f["asid"][40] = 2
+    pfns = np.array([*range(1, 34), *range(36, 64)])
+    found = {order: at.tolist() for order, at in alike_blocks(f, pfns, 4)}
+    assert found == {4: [48], 3: [8, 24], 2: [4, 16, 20, 36, 44], 1: [2, 32, 42], 0: [1, 40, 41]}
+    assert not list(alike_blocks(f, pfns[:0], 9))
