@@ -105,6 +105,8 @@ class BasePolicy:
         self.heat: NDArray[np.void] = np.zeros(len(frames), HEAT_DTYPE)
         # struct sy_stored, shape (slots,), read-only: which page each slot of the store has; asid 0: none
         self.slots: NDArray[np.void] = np.zeros(0, STORED_DTYPE)
+        # for ksm only: the pages of each node, shape (frames of the node, 4096), read-only
+        self.ram: list[NDArray[np.uint8]] = []
         self.header = header  # struct sy_header, read-only
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn

@@ -77,7 +77,7 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
         conn.settimeout(JOIN_PATIENCE)
         conn.connect(str(path))
         conn.send(bytes(ffi.buffer(hello)))
-        room = socket.CMSG_SPACE(8 * array.array("i").itemsize)
+        room = socket.CMSG_SPACE((4 + lib.SY_MAX_NODES) * array.array("i").itemsize)
         data, ancillary, _, _ = conn.recvmsg(ffi.sizeof("struct sy_welcome"), room)
     fds = array.array("i")
     for level, kind, payload in ancillary:
@@ -91,7 +91,7 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
             raise BusError(f"ABI {lib.SY_ABI_VERSION} asked, gateway speaks {welcome.abi}: build both from one tree")
         if welcome.status != lib.SY_W_OK or len(fds) < 4:
             raise BusError(f"the gateway refused the tables to component {component}, uid {os.geteuid()}")
-        return Tables(*fds[:4])
+        return Tables(fds[0], fds[1], fds[2], fds[3], list(fds[4:]))
     finally:
         for fd in fds:
             os.close(fd)
@@ -109,7 +109,7 @@ class Runtime:
         self.txn = Transaction(self.tables.frames)
         t = self.tables
         self.policy = policy_class(t.frames, t.header, t.nodes, self.txn)
-        self.policy.heat, self.policy.slots = t.heat, t.slots
+        self.policy.heat, self.policy.slots, self.policy.ram = t.heat, t.slots, t.ram
         self._handlers = handlers_of(self.policy)
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,11 @@ class Tables:
     :param frames_fd: descriptor of ``struct sy_frame[header.frames]``; not closed here
     :param heat_fd: descriptor of ``struct sy_heat[header.frames]``; not closed here
     :param slots_fd: descriptor of ``struct sy_stored[header.slots]``; not closed here
+    :param ram_fds: descriptors of each node's RAM, if there are any; not closed here
     :raises OSError: a descriptor cannot be mapped; ``ValueError``: the table is shorter than the header says
     """
 
-    def __init__(self, header_fd: int, frames_fd: int, heat_fd: int, slots_fd: int) -> None:
+    def __init__(self, header_fd: int, frames_fd: int, heat_fd: int, slots_fd: int, ram_fds: Sequence[int] = ()) -> None:
         self._header_map = mmap.mmap(header_fd, lib.SY_HEADER_BYTES, prot=mmap.PROT_READ)
         self.header: Any = ffi.cast("struct sy_header *", ffi.from_buffer(self._header_map))
         count = self.header.frames
@@ -44,6 +45,12 @@ class Tables:
         if slots:
             slots_map = mmap.mmap(slots_fd, slots * STORED_DTYPE.itemsize, prot=mmap.PROT_READ)
             self.slots = np.frombuffer(slots_map, STORED_DTYPE, slots)
+        # the pages of each node, shape (frames of the node, 4096); not writeable
+        self.ram: list[NDArray[np.uint8]] = []
+        for node, fd in enumerate(ram_fds):
+            pages = self.header.node[node].frames
+            ram_map = mmap.mmap(fd, pages * lib.SY_PAGE_SIZE, prot=mmap.PROT_READ)
+            self.ram.append(np.frombuffer(ram_map, np.uint8).reshape(pages, lib.SY_PAGE_SIZE))
         # (first pfn, frames) of each node
         self.nodes = [(self.header.node[i].base, self.header.node[i].frames) for i in range(self.header.nodes)]
 
@@ -64,13 +71,17 @@ def maximal_blocks(free: NDArray[np.bool_]) -> NDArray[np.int8]:
     return heads
 
 
-def alike_blocks(frames: NDArray[np.void], pfns: NDArray[np.int64], highest: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def alike_blocks(
+    frames: NDArray[np.void], pfns: NDArray[np.int64], highest: int, beside: NDArray[np.int64] | None = None
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Divides frames into aligned blocks, as large as can be, of pages that follow one another in one address space: what MIGRATE can move in
     one piece. Yields (order, first pfns), large ones first; together all of ``pfns``.
 
     :param pfns: ascending, each once
     :param highest: order of the largest
+    :param beside: frames that belong to them, shape of ``pfns``; they must follow one another, too
     """
+    away = np.zeros(len(pfns), np.int64) if beside is None else beside - pfns
     begin = (frames["vpage"][pfns].astype(np.int64) - pfns) + (frames["asid"][pfns].astype(np.int64) << 32)
     for order in range(highest, 0, -1):
         n = 1 << order
@@ -79,16 +90,16 @@ def alike_blocks(frames: NDArray[np.void], pfns: NDArray[np.int64], highest: int
         # whole blocks: whose first is aligned, and whose last, n - 1 further in the list, is n - 1 frames further and has the same begin
         at = np.flatnonzero(pfns[: len(pfns) - n + 1] % n == 0)
         last = at + n - 1
-        alike = (pfns[last] - pfns[at] == n - 1) & (begin[last] == begin[at])
+        alike = (pfns[last] - pfns[at] == n - 1) & (begin[last] == begin[at]) & (away[last] == away[at])
         # (between them others may begin elsewhere)
-        runs = np.cumsum(np.diff(begin, prepend=begin[0]) != 0)
+        runs = np.cumsum((np.diff(begin, prepend=begin[0]) != 0) | (np.diff(away, prepend=away[0]) != 0))
         at = at[alike & (runs[last] == runs[at])]
         if not len(at):
             continue
         yield order, pfns[at]
         rest = np.ones(len(pfns), np.bool_)
         rest[(at[:, None] + np.arange(n)).reshape(-1)] = False
-        pfns, begin = pfns[rest], begin[rest]
+        pfns, begin, away = pfns[rest], begin[rest], away[rest]
     if len(pfns):
         yield 0, pfns
 

@@ -19,10 +19,11 @@ _MEMBERS: dict[bytes, tuple[str, ...]] = {
     b"mm": ("MM_NEW", "MM_EXIT", "MM_FORK", "MM_EXEC", "MM_MMAP", "MM_MUNMAP", "MM_MREMAP", "MM_MADVISE", "MM_RELEASE"),
     b"page": (
         "PAGE_FAULT", "PAGE_MAPPED", "PAGE_HINT", "PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_PREFETCHED", "PAGE_COW",
-        "PAGE_MOVED", "SLOT_FREED", "SLOT_MOVED",
+        "PAGE_MOVED", "PAGE_SHARED", "SLOT_FREED", "SLOT_MOVED",
     ),
     b"frame": ("PAGE_FREED", "FRAMES_ONLINE", "FRAMES_TAKEN"),
     b"move": ("PAGE_MIGRATED", "PAGE_COLLAPSED", "MOVE_REFUSED"),
+    b"merge": ("PAGE_MERGED", "MERGE_REFUSED"),
     b"pressure": ("MAGAZINE_LOW", "RESERVE_LOW", "WATERMARK", "OOM", "PRESSURE", "HEAT_READY"),
     b"component": ("COMPONENT_UP", "COMPONENT_LOST", "OVERFLOW"),
     b"test": ("TEST",),

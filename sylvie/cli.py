@@ -160,10 +160,11 @@ def down(ctx: click.Context, run_dir: str | None) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--limit", metavar="SIZE", help="Frames that it and all it starts may have together, as 128M; the rest is swapped.")
 @click.option("--overcommit", is_flag=True, help="It and what it starts may map more than RAM and swap hold.")
+@click.option("--ksm", is_flag=True, help="All of its pages may share frames with equal ones, as if it had said MADV_MERGEABLE.")
 @run_dir_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, limit: str | None, overcommit: bool, run_dir: str | None, command: tuple[str, ...]) -> None:
+def run(ctx: click.Context, limit: str | None, overcommit: bool, ksm: bool, run_dir: str | None, command: tuple[str, ...]) -> None:
     """Run a program on the enclave's memory: same input, output, status, signals, directory and environment.
 
     \b
@@ -178,7 +179,7 @@ def run(ctx: click.Context, limit: str | None, overcommit: bool, run_dir: str | 
         from sylvie.life import bytes_of
 
         frames = bytes_of(limit) >> 12
-    launch.run(chosen(ctx, run_dir), list(command), frames, overcommit)
+    launch.run(chosen(ctx, run_dir), list(command), frames, overcommit, ksm)
 
 
 @cli.command()

@@ -50,11 +50,12 @@ def why_native(program: Path, depth: int = 0) -> str | None:
 LEAST_LIMIT = 1024  # SY_LEAST_LIMIT
 
 
-def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit: bool = False) -> NoReturn:
+def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit: bool = False, ksm: bool = False) -> NoReturn:
     """Replaces this process by ``command``, managed. Exit status 125: Sylvie cannot; 126, 127: as a shell says.
 
     :param limit: frames that it and all it starts may have together
     :param overcommit: it and what it starts may map more than RAM and swap hold
+    :param ksm: all their pages may be merged with equal ones
     """
     if limit is not None and not LEAST_LIMIT <= limit < 1 << 32:
         fail("--limit: give a size of at least 4M, such as 128M or 4G", 125)
@@ -90,7 +91,7 @@ def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit:
     launcher = NATIVE / "sylvie-launch"
     if not launcher.exists():
         fail("the C parts are not built: run `make setup`", 125)
-    options = (["--overcommit"] if overcommit else []) + (["--limit", str(limit)] if limit else [])
+    options = (["--ksm"] if ksm else []) + (["--overcommit"] if overcommit else []) + (["--limit", str(limit)] if limit else [])
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
     os.execve(
         launcher,

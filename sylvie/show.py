@@ -66,6 +66,10 @@ def status(run_dir: Path, as_json: bool) -> None:
         out.print(
             f"[bold]limit {limit['zone']}[/] {size(limit['used'])} of {size(limit['frames'])}, {limit['members']} programs"
         )
+    merging = next((c["dump"] for c in s["components"] if c["name"] == "ksm" and c["dump"].get("pages_shared")), None)
+    if merging:
+        names = ("pages_shared", "pages_sharing", "pages_volatile", "full_scans", "general_profit")
+        out.print("[bold]ksm[/] " + ", ".join(f"{n} {merging[n]}" for n in names))
     h = s["heat"]
     if h["windows"]:
         at = "looking" if h["active"] else "nobody needs it now"

@@ -52,7 +52,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was; arg = 1 + the CPU that did, 0: not known */
   SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave; those that are FREE now PAGE_FREED names, the others are GRANTED to asid again; arg = first slot */
   SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
-  SY_MSG_PAGE_COW = 206,
+  SY_MSG_PAGE_COW = 206,      /* asid, vpage, pfn: a write to a SHARED frame, which was arg, has made a copy */
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
   SY_MSG_WATERMARK = 208,     /* node = zone; npages = frames FREE there, or left of that limit; arg: 0 below min, 1 below low, 2 above high again */
   SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
@@ -72,6 +72,9 @@ enum sy_msg_type {
   SY_MSG_PAGE_MIGRATED = 224, /* asid, vpage, npages, order; pfn = where it is now; arg = where it was. PAGE_MAPPED and PAGE_FREED have come before */
   SY_MSG_PAGE_COLLAPSED = 225,/* asid, vpage, npages, order; pfn = the block that it is now; arg = pages that there were before: the others are zero */
   SY_MSG_MOVE_REFUSED = 226,  /* asid, vpage, npages, order; pfn = where it still is, or none: a COLLAPSE; arg = errno */
+  SY_MSG_PAGE_SHARED = 227,   /* stub -> gateway: vpage, npages; pfn: as MERGE wanted, these frames of its own may be shared now */
+  SY_MSG_PAGE_MERGED = 228,   /* asid, vpage, npages, order; pfn = the SHARED frames that they are in; arg = where they were: FREE now, or the same */
+  SY_MSG_MERGE_REFUSED = 229, /* asid, vpage, npages, order; pfn = where they still are; arg = errno. EILSEQ: they differ */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -96,7 +99,7 @@ enum sy_frame_state {
   SY_FRAME_GRANTED = 2,  /* in asid's magazine (or in its hand) */
   SY_FRAME_MAPPED = 3,   /* in asid's page table at vpage */
   SY_FRAME_ISOLATED = 4, /* between two states: the gateway is at work on it */
-  SY_FRAME_SHARED = 5,
+  SY_FRAME_SHARED = 5,   /* in one or more page tables, refcount, and written by nobody */
   SY_FRAME_RESERVED = 6, /* held for the gateway's own use */
   SY_FRAME_PINNED = 7,
   SY_FRAME_STATES = 8
@@ -104,6 +107,8 @@ enum sy_frame_state {
 #define SY_FF_ZERO 1     /* content is known to be zero */
 #define SY_FF_SLAB 8     /* RESERVED: holds compressed pages */
 #define SY_FF_STANDBY 16 /* MAPPED: chosen to leave when memory is short */
+#define SY_FF_MERGEABLE 64 /* MAPPED: the program asked for it by MADV_MERGEABLE, there or nearby */
+#define SY_FF_SHARING 128 /* MAPPED: told to share, and its stub has not answered yet */
 #define SY_FF_TARGET 32  /* GRANTED: what MIGRATE or COLLAPSE is to fill; its stub has not answered yet */
 #define SY_FF_AGED 4     /* taken away by AGE and not touched since: Linux's page without an accessed bit */
 #define SY_FF_SWAPPING 2 /* on its way out: taken away from the program, or about to be, and not stored yet */
@@ -154,7 +159,7 @@ enum sy_pte_state {
   SY_PTE_PRESENT = 1,
   SY_PTE_LOCKED = 2,     /* somebody is at work on this page; whoever unlocks with CONTENDED set must wake it */
   SY_PTE_SWAPPED = 3,    /* taken away. HASFRAME: the frame still holds the content (Linux's swap cache); else the pfn field is a slot */
-  SY_PTE_SHARED_RO = 4,
+  SY_PTE_SHARED_RO = 4,  /* in a SHARED frame, write-protected */
   SY_PTE_NATIVE = 5      /* backed by the kernel's own anonymous memory (no frame could be had) */
 };
 #define SY_PTE_STATE_MASK 0xf
@@ -215,18 +220,19 @@ struct sy_as_ctl {
 #define SY_AS_BYTES 135266304
 
 /* Bits. HUGE: MADV_HUGEPAGE of all of it; SMALL: MADV_NOHUGEPAGE of some of it. */
-enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2 };
+enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2, SY_ADVICE_MERGE = 4 /* MADV_MERGEABLE of some of it */ };
 
 /* ---- shared memory of one address space, written by the gateway (memfd "mag", the stub has it read-only) ---- */
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
  * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages.
  * MOVE: args = vpage, n <= SY_CHUNK_PAGES within a chunk, pfn, from, most: these pages are mapped in the frames from pfn on, with the content that they have.
  * from: where they must be now, one after the other; or SY_NO_FRAME: anywhere, and at most `most` may be untouched. result = pages that there were, or -errno:
- * nothing has changed. */
+ * nothing has changed. SHARE: args = vpage, n, to, from: these pages, which must be in the frames from `from` on, share those from `to` on, if they hold the same
+ * (SHARED, or to = from). result as of MOVE. */
 #define SY_EVICT_RUNS 2048
 struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
@@ -313,7 +319,8 @@ enum sy_counter {
   SY_CNT_ZEROED = 10, SY_CNT_RESYNCS = 11, SY_CNT_NO_FRAMES = 12, SY_CNT_FORKS = 13, SY_CNT_RELEASED = 14,
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
-  SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27
+  SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27,
+  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -331,6 +338,9 @@ enum sy_op_code {
 /* COLLAPSE, order 9: frame pfn is MAPPED somewhere in the 512 aligned pages that are meant. arg = pages of them that may be untouched (Linux's
  * max_ptes_none), and this if only where the program asked for it (MADV_HUGEPAGE). */
 #define SY_COLLAPSE_ADVISED 0x10000
+/* MERGE of a block of 2^order frames, MAPPED one after the other in one address space: arg = the first of the frames that they shall share: SHARED, by at most
+ * SY_MAX_SHARING pages each; or the same block: then it is there to be shared. */
+#define SY_MAX_SHARING 256
 /* FAULT_ORDER: order and, as arg, up to which it may grow for a sequential toucher; for an address space. Or with barrier = chunks, pfn = the first: for
  * first touches there, and arg is 0; SY_ORDER_DEFAULT: again as for the address space. */
 #define SY_ORDER_DEFAULT 255
@@ -364,7 +374,7 @@ enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT 
 /* STUB: arg = frames of its limit, 0 for none; group names who shares it. */
 struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; uint64_t group; };
 enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3, SY_W_LIMITS = 4 /* no more of them, or a wrong one */ };
-/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots. */
+/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots; ksm: also each node's ram, to read. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */
@@ -387,7 +397,7 @@ struct sy_as_info {
   uint64_t faults; uint64_t urgent; uint64_t overflow; uint64_t bad_claims;
   uint64_t brk_pages;
   uint64_t swapped;       /* pages in the store */
-  uint32_t limit; uint32_t pad1; /* zone of its limit; 0 = none */
+  uint32_t limit; uint32_t shared; /* zone of its limit, 0 = none; pages in SHARED frames */
   uint64_t committed;     /* pages that it may write, as its stub says */
   uint32_t mag_level[10]; /* blocks ready, per order */
   uint32_t pad[2];

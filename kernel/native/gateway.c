@@ -109,6 +109,7 @@ struct as {
   uint64_t leaving, told_ns; /* frames with SY_FF_SWAPPING (under lock); when it was told last */
   int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
   uint64_t prefetching, prefetch_told_ns; /* pages that it is to bring back, or was told to; when it was told last (under lock) */
+  uint32_t shared;        /* pages in SHARED frames (under lock) */
   uint32_t moving, moves; /* pages queued to move, or told and not answered; in how many moves (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
@@ -147,8 +148,14 @@ struct wish { uint32_t asid, vpage, n; };
 #define PREFETCH_RING 1024
 
 /* Pages that are to go to other frames; from: NONE for a COLLAPSE, of which `most` pages may be untouched. */
-struct move { uint32_t asid, vpage, n, to, from, most; };
+struct move { uint32_t asid, vpage, n, to, from, most, share; }; /* share: a MERGE */
+
+/* A page that is in a SHARED frame. pending: its stub has not answered yet. */
+struct holder { uint32_t asid, vpage, next, pending; };
 #define MOVE_RING 1024u
+#define MOVING_MOST (8u * SY_CHUNK_PAGES) /* pages of one address space that may be on the way, … */
+#define MOVES_AT_ONCE 128u                /* … and in how many moves: the program's own memory calls wait their turn meanwhile */
+#define SHARES_AT_ONCE 768u               /* … which are shorter when nothing is copied */
 
 /* The shared memory of one address space. */
 struct pair { int as_fd, mag_fd, mag_ro; uint8_t *mem; struct sy_mag *mag; };
@@ -210,6 +217,9 @@ struct sy_gateway {
   uint32_t standby_head[SY_MAX_ZONES], standby_tail[SY_MAX_ZONES];
   struct wish *prefetch;  /* [PREFETCH_RING]: pages to bring back */
   uint32_t prefetch_head, prefetch_tail;
+  uint32_t *share_head;   /* of each frame: its first holder, NONE: it is not SHARED (under lock, as what follows) */
+  struct holder *holder;
+  uint32_t nholders, holder_free;
   struct move move[MOVE_RING];
   uint32_t move_head, move_tail;
   int reclaiming[SY_MAX_ZONES]; /* below low, and not above high since */
@@ -658,6 +668,8 @@ static void map_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_
     if (f->state != SY_FRAME_MAPPED) a->mapped++;
     __atomic_store_n(&f->state, SY_FRAME_MAPPED, __ATOMIC_RELEASE);
     f->vpage = vpage + i, f->refcount = 1;
+    if (vpage + i < SY_ARENA_PAGES && a->mem[SY_AS_ADVICE_OFF + (vpage + i) / SY_CHUNK_PAGES] & SY_ADVICE_MERGE) f->flags |= SY_FF_MERGEABLE;
+    else f->flags &= (uint8_t)~SY_FF_MERGEABLE;
     __atomic_store_n(&f->barrier, f->barrier + 1, __ATOMIC_RELEASE);
   }
 }
@@ -692,6 +704,7 @@ static uint64_t drain_magazines(struct sy_gateway *g, uint32_t zone) {
   count(g, SY_CNT_DRAINED, n);
   return n;
 }
+#include "gateway_share.h"
 #include "gateway_store.h"
 #include "gateway_swap.h"
 #include "gateway_heat.h"
@@ -708,12 +721,22 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     map_frames(g, a, m.pfn, m.npages, m.vpage);
     break;
   case SY_MSG_PAGE_FREED:
+    if (let_go(g, a, m.pfn, m.npages, m.vpage)) return;
     if (!owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) {
       bad(g, a);
       return;
     }
     release_frames(g, a, m.pfn, m.npages);
     m.order = 0;
+    break;
+  case SY_MSG_PAGE_SHARED:
+    if (!owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED)) || !make_shared(g, a, m.pfn, m.npages, m.vpage)) bad(g, a);
+    return; /* PAGE_MERGED says it */
+  case SY_MSG_PAGE_COW:
+    if (m.vpage >= SY_ARENA_PAGES || !owned(g, a, m.pfn, 1, IS(SY_FRAME_GRANTED)) || !let_go(g, a, m.arg < g->nframes ? (uint32_t)m.arg : NONE, 1, m.vpage)) return bad(g, a);
+    map_frames(g, a, m.pfn, 1, m.vpage);
+    m.npages = 1, m.order = 0;
+    count(g, SY_CNT_UNMERGED, 1);
     break;
   case SY_MSG_PAGE_MOVED:
     if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
@@ -752,7 +775,8 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     g->slot[m.arg].vpage = (uint32_t)m.vpage;
     break;
   case SY_MSG_MM_FORK: count(g, SY_CNT_FORKS, 1); break;
-  case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_MM_MADVISE: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
+  case SY_MSG_MM_MADVISE: advised(g, a, m); break;
+  case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
   default: bad(g, a); return;
   }
   m.node = m.pfn < g->nframes ? g->frames[m.pfn].node : 0; /* nothing unchecked goes on to the bus */
@@ -782,6 +806,10 @@ static void resync(struct sy_gateway *g, struct as *a) {
       uint64_t w = __atomic_load_n(&a->pte[i], __ATOMIC_ACQUIRE);
       int st = w & SY_PTE_STATE_MASK;
       uint64_t pfn = w >> SY_PTE_PFN_SHIFT;
+      if (st == SY_PTE_SHARED_RO && pfn < g->nframes && g->frames[pfn].asid == a->asid) { /* its PAGE_SHARED was lost */
+        if (!make_shared(g, a, (uint32_t)pfn, 1, i)) name_block(g, named, pfn, 1);
+        continue;
+      }
       if (!(st == SY_PTE_PRESENT || ((st == SY_PTE_LOCKED || st == SY_PTE_SWAPPED) && (w & SY_PTE_HASFRAME))) || pfn >= g->nframes || g->frames[pfn].asid != a->asid) continue;
       name_block(g, named, pfn, 1);
       int wrong = g->frames[pfn].state == SY_FRAME_GRANTED || (g->frames[pfn].state == SY_FRAME_MAPPED && g->frames[pfn].vpage != i);
@@ -810,6 +838,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
       event_frames(g, SY_MSG_PAGE_FREED, a->asid, f, n, 0);
     }
     resync_slots(g, a);
+    resync_shared(g, a);
     count(g, SY_CNT_RESYNCS, 1);
     free(a->suspect);
     a->suspect = NULL, a->suspects = 0, a->resync_pass = 0;
@@ -895,6 +924,7 @@ static void bury(struct sy_gateway *g, struct as *a) {
     pthread_mutex_lock(&g->lock);
   }
   bury_slots(g, a);
+  bury_shared(g, a);
   if (a->zone) g->hdr->limit[a->zone - SY_MAX_NODES].members--;
   for (uint32_t i = 0; i < g->nas; i++)
     if (g->as[i] == a) g->as[i] = g->as[--g->nas];

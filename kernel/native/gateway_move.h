@@ -1,8 +1,5 @@
 /* gateway, part: pages that go to other frames (MIGRATE, COLLAPSE); stub_move.h says how. A commit takes the frames that they go to, and queues; the
  * server thread tells the stub; its answer ends it, and an event says how. */
-#define MOVING_MOST (8u * SY_CHUNK_PAGES) /* pages of one address space that may be on the way, … */
-#define MOVES_AT_ONCE 128u                /* … and in how many moves: the program's own memory calls wait their turn meanwhile */
-
 /* A FREE block in a node, ISOLATED; NONE: there is none (under lock). */
 static uint32_t block_in(struct sy_gateway *g, uint32_t node, int order) {
   uint32_t n = 1u << order, end = g->node[node].base + g->node[node].frames;
@@ -55,7 +52,7 @@ static uint32_t migrate(struct sy_gateway *g, const struct sy_op *op) {
     return SY_R_INVALID;
   struct as *a = movable(g, op->pfn, n);
   if (!a || (to == NONE && g->frames[op->pfn].node == op->arg)) return SY_R_STALE;
-  return queue_move(g, a, (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, 0}, (uint32_t)op->arg, op->order);
+  return queue_move(g, a, (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, 0, 0}, (uint32_t)op->arg, op->order);
 }
 static uint32_t collapse(struct sy_gateway *g, const struct sy_op *op) {
   uint32_t most = (uint32_t)op->arg & 0xffff, n = SY_CHUNK_PAGES;
@@ -68,16 +65,18 @@ static uint32_t collapse(struct sy_gateway *g, const struct sy_op *op) {
   uint8_t is = a->mem[SY_AS_ADVICE_OFF + vpage / n];
   if (is & SY_ADVICE_SMALL || (op->arg & SY_COLLAPSE_ADVISED && !(is & SY_ADVICE_HUGE))) return SY_R_NOT_PERMITTED;
   if (first % n == 0 && first < g->nframes && g->frames[first].vpage == vpage && movable(g, first, n)) return SY_R_STALE; /* it is one block already */
-  return queue_move(g, a, (struct move){a->asid, vpage, n, NONE, NONE, most}, f->node, SY_HUGE_ORDER);
+  return queue_move(g, a, (struct move){a->asid, vpage, n, NONE, NONE, most, 0}, f->node, SY_HUGE_ORDER);
 }
 /* Server thread: the stub's answer, pages that were moved or -errno; or it will give none (asked 0), and is about to end. */
 static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked) {
   uint32_t n = (uint32_t)args[1], to = (uint32_t)args[2], from = (uint32_t)args[3];
-  struct sy_msg m = {.type = SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)(31 - __builtin_clz(n)), .pfn = from, .arg = (uint64_t)-r};
+  int share = (int)args[5];
+  struct sy_msg m = {.type = share ? SY_MSG_MERGE_REFUSED : SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)(31 - __builtin_clz(n)), .pfn = from, .arg = (uint64_t)-r};
   pthread_mutex_lock(&g->lock);
   a->moving -= n, a->moves--;
   if (asked) drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* what it did, it said before */
-  for (uint32_t i = to, k; asked && i < to + n; i += k) {
+  if (share) merged(g, a, (uint32_t)args[0], n, to, from, r);
+  for (uint32_t i = to, k; asked && !share && i < to + n; i += k) {
     k = 1;
     if (g->frames[i].asid != a->asid || !(g->frames[i].flags & SY_FF_TARGET)) continue;
     g->frames[i].flags &= (uint8_t)~SY_FF_TARGET;
@@ -87,10 +86,10 @@ static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int6
     event_frames(g, SY_MSG_PAGE_FREED, 0, i, k, 0);
   }
   if (r >= 0) {
-    m.type = from == NONE ? SY_MSG_PAGE_COLLAPSED : SY_MSG_PAGE_MIGRATED, m.pfn = to, m.arg = from == NONE ? (uint64_t)r : from;
+    m.type = share ? SY_MSG_PAGE_MERGED : from == NONE ? SY_MSG_PAGE_COLLAPSED : SY_MSG_PAGE_MIGRATED, m.pfn = to, m.arg = from == NONE ? (uint64_t)r : from;
     m.node = g->frames[to].node;
   }
-  count(g, r < 0 ? SY_CNT_MOVES_REFUSED : from == NONE ? SY_CNT_COLLAPSED : SY_CNT_MIGRATED, n);
+  count(g, r < 0 ? SY_CNT_MOVES_REFUSED : share ? SY_CNT_MERGED : from == NONE ? SY_CNT_COLLAPSED : SY_CNT_MIGRATED, n);
   event(g, m);
   pthread_mutex_unlock(&g->lock);
 }
@@ -104,9 +103,9 @@ static void send_moves(struct sy_gateway *g) {
     pthread_mutex_unlock(&g->lock);
     if (!some) return;
     if (!a || a->dying) continue; /* its frames are buried with it */
-    uint64_t args[6] = {m.vpage, m.n, m.to, m.from, m.most};
+    uint64_t args[6] = {m.vpage, m.n, m.to, m.from, m.most, m.share};
     /* prctl(PR_SET_THP_DISABLE) */
-    if (m.from == NONE && status_field(g, a->pid, "\nTHP_enabled:") == 0) moved(g, a, args, -EPERM, 1);
-    else if (command(g, a, SY_CMD_MOVE, 0, args, NULL, 0)) moved(g, a, args, -ENOMEM, 1);
+    if (m.from == NONE && !m.share && status_field(g, a->pid, "\nTHP_enabled:") == 0) moved(g, a, args, -EPERM, 1);
+    else if (command(g, a, m.share ? SY_CMD_SHARE : SY_CMD_MOVE, 0, args, NULL, 0)) moved(g, a, args, -ENOMEM, 1);
   }
 }

@@ -196,7 +196,10 @@ static void hello(struct sy_gateway *g, struct conn *c) {
   if (h.kind == SY_HELLO_COMPONENT && n == 0) {
     int ok = h.arg >= SY_C_BUDDY && h.arg <= SY_C_SCHED && (cred.uid == 0 || cred.uid == SY_COMPONENT_UID_BASE + h.arg);
     if (!ok) count(g, SY_CNT_BAD_HELLOS, 1);
-    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, (int[]){g->header_ro, g->frames_ro, g->heat_ro, g->slots_ro}, ok ? 4 : 0);
+    int out[4 + SY_MAX_NODES] = {g->header_ro, g->frames_ro, g->heat_ro, g->slots_ro}, ram = 0;
+    for (; ok && h.arg == SY_C_KSM && ram < (int)g->nodes && (out[4 + ram] = reopen_ro(g->ram_fd[ram])) >= 0;) ram++; /* who looks for equal pages has to read them */
+    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, out, ok ? 4 + ram : 0);
+    while (ram) close(out[4 + --ram]);
     goto refuse; /* it has what it needs */
   }
   if (h.kind == SY_HELLO_KEEPER && n == 2 && is_fd(fd[0], "anon_inode:seccomp notify")) {
@@ -336,7 +339,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
       } else {
         if (p->cmd_id) a->outstanding--;
         if (p->op == SY_CMD_PREFETCH) prefetched(g, a, p->args[1]);
-        if (p->op == SY_CMD_MOVE) moved(g, a, p->args, r, done);
+        if (p->op == SY_CMD_MOVE || p->op == SY_CMD_SHARE) moved(g, a, p->args, r, done);
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
@@ -631,7 +634,8 @@ static void serve_orphan(struct sy_gateway *g, struct as *a) {
     struct uffdio_zeropage z = {.range = {at, PS}};
     struct uffdio_writeprotect u = {.range = {at, PS}};
     struct uffdio_continue c = {.range = {at, PS}};
-    if ((w & SY_PTE_STATE_MASK) == SY_PTE_NONE && !(w & SY_PTE_STALE)) ioctl(a->uffd, UFFDIO_ZEROPAGE, &z);
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO) ioctl(a->uffd, UFFDIO_WRITEPROTECT, &u); /* the kernel makes its copy */
+    else if ((w & SY_PTE_STATE_MASK) == SY_PTE_NONE && !(w & SY_PTE_STALE)) ioctl(a->uffd, UFFDIO_ZEROPAGE, &z);
     else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && m.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) ioctl(a->uffd, UFFDIO_WRITEPROTECT, &u);
     else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT) ioctl(a->uffd, UFFDIO_CONTINUE, &c);
   }
@@ -802,7 +806,7 @@ static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: wh
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_COLLAPSE: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
-  case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_RUN: return component == SY_C_SCHED ? SY_R_INVALID : SY_R_NOT_PERMITTED;
   }
@@ -840,6 +844,7 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
   if (op->op == SY_OP_RECLAIM && !g->hdr->slots) return SY_R_FULL;
   if (op->op == SY_OP_RECLAIM) return (uint32_t)op->arg == SY_RECLAIM_STANDBY ? stand_by(g, op->pfn, n, op->arg >> SY_RECLAIM_ZONE_SHIFT) : take_run(g, op->pfn, n, SY_FF_SWAPPING);
   if (op->op == SY_OP_MIGRATE) return migrate(g, op);
+  if (op->op == SY_OP_MERGE) return op->order > SY_HUGE_ORDER ? SY_R_INVALID : merge(g, movable(g, op->pfn, n), op, n);
   if (op->op == SY_OP_AGE) return take_run(g, op->pfn, n, SY_FF_AGED);
   if (op->op == SY_OP_RELEASE) {
     for (uint32_t i = 0; i < g->nreserve[op->order]; i++)
@@ -895,7 +900,7 @@ int sy_gw_as_list(struct sy_gateway *g, struct sy_as_info *out, int max) {
     *o = (struct sy_as_info){.asid = a->asid, .pid = (uint32_t)a->pid, .state = (uint32_t)a->dying, .fault_order = a->mag->fault_order, .frames = a->frames,
                              .mapped = a->mapped, .native_pages = a->ctl->pages_native, .faults = a->ctl->faults, .urgent = a->urgent,
                              .overflow = a->overflow_seen, .bad_claims = a->bad_claims, .brk_pages = a->ctl->brk_pages, .swapped = a->swapped, .limit = a->zone,
-                             .committed = a->ctl->pages_committed};
+                             .committed = a->ctl->pages_committed, .shared = a->shared};
     for (int k = 0; k < 10; k++) o->mag_level[k] = mag_level(a, k);
   }
   pthread_mutex_unlock(&g->lock);
@@ -985,6 +990,8 @@ static void check_once(struct sy_gateway *g, struct report *r) {
           if (!slot_is(g, a, pfn) || g->slot[pfn].vpage != p) violation(r, doubt(14, p, pfn), "page %u of address space %u names slot %lu, which is another page's\n", p, a->asid, pfn);
           else slots++;
         }
+        if (st == SY_PTE_SHARED_RO && (pfn >= g->nframes || !holder_of(g, a, (uint32_t)pfn, p)))
+          violation(r, doubt(3, p, pfn), "page %u of address space %u shares frame %lu, which does not know\n", p, a->asid, pfn);
         if (st != SY_PTE_PRESENT && !(st == SY_PTE_SWAPPED && w & SY_PTE_HASFRAME)) continue;
         if (pfn >= g->nframes) violation(r, doubt(3, p, pfn), "page %u of address space %u names frame %lu, there are %u\n", p, a->asid, pfn, g->nframes);
         else {
@@ -1006,6 +1013,9 @@ static void check_once(struct sy_gateway *g, struct report *r) {
     }
     states[f->state]++;
     nfree += (uint64_t)bit;
+    uint32_t holders = 0;
+    for (uint32_t h = g->share_head[i]; h != NONE; h = g->holder[h].next) holders++;
+    if (f->state == SY_FRAME_SHARED ? holders != f->refcount || !holders || f->asid : holders) violation(r, doubt(9, i, f->barrier), "frame %u is in state %u, owner %u, refcount %u, and %u pages share it\n", i, f->state, f->asid, f->refcount, holders);
     if (bit != (f->state == SY_FRAME_FREE)) violation(r, doubt(7, i, f->barrier), "frame %u is in state %u but the free map says %d\n", i, f->state, bit);
     if ((f->state == SY_FRAME_FREE || f->state == SY_FRAME_RESERVED) && (f->asid || f->refcount)) violation(r, doubt(8, i, f->barrier), "frame %u is in state %u but has owner %u, refcount %u\n", i, f->state, f->asid, f->refcount);
     owned_states += f->state == SY_FRAME_GRANTED || f->state == SY_FRAME_MAPPED;
@@ -1105,11 +1115,13 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   g->heat = mmap(NULL, g->nframes * sizeof *g->heat, PROT_READ | PROT_WRITE, MAP_SHARED, g->heat_fd, 0);
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
+  g->share_head = malloc(g->nframes * 4ull), g->holder_free = NONE;
+  if (g->share_head) memset(g->share_head, 0xff, g->nframes * 4ull); /* NONE */
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
   g->store = malloc(STORE_RING * sizeof *g->store), g->prefetch = malloc(PREFETCH_RING * sizeof *g->prefetch), g->zpool = calloc(1, sizeof *g->zpool);
   if (g->zpool) g->zpool->slab = calloc(g->nframes, sizeof *g->zpool->slab);
   for (int i = 0; g->zpool && i < SY_SLAB_CACHES; i++) g->zpool->cache[i].partial = NONE;
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->heat_ro < 0 || g->heat == MAP_FAILED || !g->prefetch || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->heat_ro < 0 || g->heat == MAP_FAILED || !g->prefetch || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->share_head || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};

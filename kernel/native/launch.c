@@ -1,4 +1,4 @@
-/* sylvie-launch RUN_DIR STUB KEEPER [--overcommit] [--limit FRAMES] -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
+/* sylvie-launch RUN_DIR STUB KEEPER [--ksm] [--overcommit] [--limit FRAMES] -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
  *
  * The keeper (one a launched tree) is started first, outside of the filter and not as our child, so that CMD's own wait()
  * never sees it. It gets the filter's listener and passes a duplicate to the gateway. */
@@ -46,12 +46,12 @@ static void start_keeper(const char *keeper, const char *sock_path, int fd, int 
 }
 
 int main(int argc, char **argv) {
-  int overcommit = argc > 4 && !strcmp(argv[4], "--overcommit");
-  char **cmd = argv + 4 + overcommit;
-  unsigned long limit = argc > 5 + overcommit && !strcmp(*cmd, "--limit") ? strtoul(cmd[1], NULL, 10) : 0, group;
+  int ksm = argc > 4 && !strcmp(argv[4], "--ksm"), overcommit = argc > 4 + ksm && !strcmp(argv[4 + ksm], "--overcommit");
+  char **cmd = argv + 4 + ksm + overcommit;
+  unsigned long limit = argc > 5 + ksm + overcommit && !strcmp(*cmd, "--limit") ? strtoul(cmd[1], NULL, 10) : 0, group;
   cmd += (limit ? 2 : 0) + 1;
   if (cmd >= argv + argc || strcmp(cmd[-1], "--") || limit > UINT32_MAX) {
-    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER [--overcommit] [--limit FRAMES] -- CMD…   (use `sylvie run -- CMD…`)\n");
+    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER [--ksm] [--overcommit] [--limit FRAMES] -- CMD…   (use `sylvie run -- CMD…`)\n");
     return 125;
   }
   char sock_path[256], mark[300], *preload = NULL;
@@ -81,7 +81,7 @@ int main(int argc, char **argv) {
 
   const char *old = getenv("LD_PRELOAD");
   if (asprintf(&preload, "%s%s%s", argv[2], old ? ":" : "", old ? old : "") < 0) die("memory");
-  const char *may = overcommit ? "overcommit:" : "";
+  const char *may = ksm && overcommit ? "ksm:overcommit:" : ksm ? "ksm:" : overcommit ? "overcommit:" : "";
   if (limit && getrandom(&group, sizeof group, 0) != sizeof group) die("getrandom");
   if (limit) snprintf(mark, sizeof mark, "%s%lu.%lx@%s", may, limit, group, sock_path); /* all that it starts inherits that, and so shares it */
   else snprintf(mark, sizeof mark, "%s%s", may, sock_path);

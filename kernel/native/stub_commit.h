@@ -1,10 +1,11 @@
 /* stub, part 1b: how much a program may ask for. As Linux counts with vm.overcommit_memory=2 (VM_ACCOUNT in mm/mmap.c, mm/mprotect.c, mm/mremap.c): a
  * private page counts from when it may first be written until it is unmapped; one of MAP_NORESERVE never; one that is made
  * unwritable before it was touched no longer (Linux: if its whole mapping was not). Beyond RAM and swap: ENOMEM. Under mm_lock. */
-static uint64_t *charged, *noreserve; /* one bit a page, behind attr; 0 where nothing is mapped. A forked child has its parent's */
+static uint64_t *charged, *noreserve, *mergeable; /* one bit a page, behind attr; 0 where nothing is mapped. A forked child has its parent's */
+static int some_mergeable, merge_all; /* merge_all: `sylvie run --ksm` */
 static uint64_t committed;            /* bits set in charged */
 static int overcommit, some_noreserve;
-#define TABLE_BYTES (SY_ARENA_PAGES + SY_ARENA_PAGES / 4)
+#define TABLE_BYTES (SY_ARENA_PAGES + SY_ARENA_PAGES / 8 * 3)
 
 static uint64_t ones(uint64_t x) {
   x -= x >> 1 & 0x5555555555555555;
@@ -27,18 +28,21 @@ static void charge(uint64_t p, uint64_t n) { committed += n - bits(charged, p, n
 static void uncharge(uint64_t p, uint64_t n) {
   committed -= bits(charged, p, n, CLEAR);
   if (some_noreserve) bits(noreserve, p, n, CLEAR);
+  if (some_mergeable) bits(mergeable, p, n, CLEAR);
 }
 /* [p, p + n) is mapped anew. */
 static void charge_new(uint64_t p, uint64_t n, long prot, long flags) {
   uncharge(p, n);
   if (flags & MAP_NORESERVE) bits(noreserve, p, n, SET), some_noreserve = 1;
   else if (prot & PROT_WRITE) charge(p, n);
+  if (merge_all) bits(mergeable, p, n, SET);
 }
 /* … by mremap: as its pages at from were, and beyond those as the last of them. */
 static void charge_moved(uint64_t from, uint64_t n, uint64_t p, uint64_t m) {
   uint64_t is = bits(charged, from, n, LOOK), last = from + n - 1;
-  int exempt = some_noreserve && bits(noreserve, from, n, LOOK);
+  int exempt = some_noreserve && bits(noreserve, from, n, LOOK), merges = some_mergeable && bits(mergeable, from, n, LOOK) == n;
   uncharge(p, m);
+  if (merges) bits(mergeable, p, m, SET);
   if (is == n) charge(p, m);
   else if (is || exempt)
     for (uint64_t i = 0; i < m; i++) {

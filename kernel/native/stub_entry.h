@@ -41,7 +41,7 @@ static int attach(void) {
     if (at < 0 && at > -4096) return mode = NATIVE, 0;
     SYS(__NR_madvise, at, TABLE_BYTES, MADV_DONTDUMP, 0, 0);
     attr = (uint8_t *)at;
-    charged = (uint64_t *)(at + SY_ARENA_PAGES), noreserve = charged + SY_ARENA_PAGES / 64;
+    charged = (uint64_t *)(at + SY_ARENA_PAGES), noreserve = charged + SY_ARENA_PAGES / 64, mergeable = noreserve + SY_ARENA_PAGES / 64;
   }
   for (int i = 0; i < 2; i++)
     if (sys_mmap(VA(a[i][0]), (a[i][1] - a[i][0]) * PS, RW, ANON | MAP_FIXED_NOREPLACE, -1, 0) != (long)VA(a[i][0])) {
@@ -301,6 +301,7 @@ static long exec_managed(long nr, struct regs *r) {
   for (size_t i = 0; i < n; i++) {
     if (starts(env[i], "_SYLVIE=")) { /* `sylvie run` inside a managed program: it says which enclave. Nobody leaves a limit so */
       const char *at = env[i] + 8;
+      if (starts(at, "ksm:")) at += len("ksm:");
       if (starts(at, "overcommit:")) at += len("overcommit:");
       while (*at && *at != '/') at++;
       if (!limit_frames || !starts(at, sock_path)) mark = env[i];
@@ -421,6 +422,7 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
     if (starts(env[i], "LD_PRELOAD=")) pre = env[i] + 11, at = i;
   }
   const char *whole = sock;
+  if (sock && (merge_all = starts(sock, "ksm:"))) sock += len("ksm:");
   if (sock && (overcommit = starts(sock, "overcommit:"))) sock += len("overcommit:");
   if (sock && *sock != '/') { /* FRAMES.GROUP@socket: see launch.c */
     for (; *sock >= '0' && *sock <= '9'; sock++) limit_frames = limit_frames * 10 + (uint32_t)(*sock - '0');

@@ -270,6 +270,7 @@ static void first_touch(int me, uint64_t p, int write) {
 #include "stub_lz4.h"
 #include "stub_swap.h"
 #include "stub_move.h"
+#include "stub_share.h"
 
 static void fault(int me, uint64_t addr, uint64_t flags) {
   uint64_t p = PAGE(addr);
@@ -308,6 +309,7 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
       }
       wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);
       return;
+    case SY_PTE_SHARED_RO: copy_on_write(me, p); return;
     case SY_PTE_NATIVE: { /* one without a mapping of its own (see first_touch), and dropped since */
       struct uffdio_zeropage z = {.range = {VA(p), PS}};
       if (SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) < 0) wake(p, 1);
@@ -420,6 +422,10 @@ static void run_command(const volatile struct sy_cmd *c) {
   } else if (c->op == SY_CMD_MOVE) {
     lock_and_serve();
     r = mode == MANAGED ? move_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3], (uint64_t)a[4]) : -EAGAIN;
+    unlock();
+  } else if (c->op == SY_CMD_SHARE) {
+    lock_and_serve();
+    r = mode == MANAGED ? share_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3]) : -EAGAIN;
     unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;

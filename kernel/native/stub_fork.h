@@ -39,11 +39,12 @@ static int releasing;
 static void now_native(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n;) {
     uint64_t k = 1;
-    if (present(i)) {
+    int st = LOAD(chunks[i / SY_CHUNK_PAGES]) ? (int)(LOAD(pte[i]) & SY_PTE_STATE_MASK) : SY_PTE_NONE;
+    if (st == SY_PTE_PRESENT || st == SY_PTE_SHARED_RO) {
       word_t w = LOAD(pte[i]);
-      while (i + k < p + n && present(i + k) && LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == (w >> SY_PTE_PFN_SHIFT) + k) k++;
+      while (i + k < p + n && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]) && (int)(LOAD(pte[i + k]) & SY_PTE_STATE_MASK) == st && LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == (w >> SY_PTE_PFN_SHIFT) + k) k++;
       for (uint64_t j = 0; j < k; j++) STORE(pte[i + j], (LOAD(pte[i + j]) & ~(word_t)(PS - 1)) | SY_PTE_HASFRAME | SY_PTE_NATIVE); /* see wake_waiter */
-      __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+      if (st == SY_PTE_PRESENT) __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
       post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 1);
     } else {
       STORE(chunks[i / SY_CHUNK_PAGES], 1);
@@ -84,6 +85,7 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
     int odd = 0, kind = SY_PTE_NONE;
     for (; i + k < end && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]); k++) {
       word_t w = LOAD(pte[i + k]), st = w & SY_PTE_STATE_MASK;
+      if (st == SY_PTE_SHARED_RO) st = SY_PTE_PRESENT;
       if ((st != SY_PTE_PRESENT && st != SY_PTE_NATIVE && st != SY_PTE_SWAPPED) || (k && (int)st != kind && (releasing || st == SY_PTE_SWAPPED || kind == SY_PTE_SWAPPED))) break;
       odd |= (w & W_KPROT) != 0, kind = (int)st;
     }

@@ -22,7 +22,7 @@ static int is_native(uint64_t p) { return p < SY_BRK_PAGES ? p < brk_floor : p <
 static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
 
 static word_t locked(word_t w) {
-  return (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT ? SY_PTE_HASFRAME : 0);
+  return (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO ? SY_PTE_HASFRAME : 0);
 }
 /* Locks a page's word; returns it as it was. */
 static word_t word_lock(uint64_t p) {
@@ -92,6 +92,16 @@ static void unpark(uint64_t p, uint64_t n) {
     if (IS_PARKED(attr[i])) attr[i] &= (uint8_t)~A_KEPT;
 }
 
+/* Shared pages, whose words are locked, become the program's own, in the kernel's memory; they may be written then. */
+static long private_request(void *arg) {
+  uint64_t *a = arg;
+  struct uffdio_writeprotect u = {.range = {VA(a[0]), a[1] * PS}, .mode = 0};
+  SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+  SYS(__NR_mprotect, VA(a[0]), a[1] * PS, RW, 0, 0);
+  for (uint64_t i = 0; i < a[1]; i++) __atomic_fetch_or((uint8_t *)VA(a[0] + i), 0, __ATOMIC_RELAXED);
+  return 0;
+}
+
 /* Takes the content of [p, p + n) away: frames go back to the gateway, the next touch finds zero. The kernel's mapping is emptied
  * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens.
  * new_prot: -1, or the kernel has another mapping there already, of that protection, and only the words are left. */
@@ -122,12 +132,13 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
       if (!CAS(pte[i + k], &x, locked(x))) break;
       k++;
     }
-    if (st == SY_PTE_NATIVE) {
+    if (st == SY_PTE_NATIVE || st == SY_PTE_SHARED_RO) {
       uint64_t still = 0;
       memset(found, 0, k);
       if (!mapped_over) {
         if (by_command_thread(restore_request, (uint64_t[]){i, k, attr[i] != 0}) < 0) { /* no memory for another mapping: it stays the kernel's */
-          SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
+          if (st == SY_PTE_SHARED_RO) by_command_thread(private_request, (uint64_t[]){i, k}), memset((void *)VA(i), 0, k * PS);
+          else SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
           memset(found, 1, k);
         } else
           touched_meanwhile(i, k);
@@ -138,7 +149,8 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
         word_unlock(i + j, found[j] & 1 ? SY_PTE_NATIVE | (odd ? W_KPROT : 0) : SY_PTE_NONE);
         still += found[j] & 1;
       }
-      __atomic_fetch_sub(&ctl->pages_native, k - still, __ATOMIC_RELAXED);
+      if (st == SY_PTE_NATIVE) __atomic_fetch_sub(&ctl->pages_native, k - still, __ATOMIC_RELAXED);
+      else __atomic_fetch_add(&ctl->pages_native, still, __ATOMIC_RELAXED), post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
     } else if (st == SY_PTE_SWAPPED) { /* nothing is mapped */
       if ((w & W_KPROT) && !mapped_over) SYS(__NR_mprotect, VA(i), k * PS, RW, 0, 0);
       for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | (mapped_over ? 0 : SY_PTE_STALE));
@@ -199,7 +211,14 @@ static void advise(uint64_t p, uint64_t n, uint8_t is) {
   uint64_t first = (p + SY_CHUNK_PAGES - 1) / SY_CHUNK_PAGES, end = (p + n) / SY_CHUNK_PAGES;
   if (is == SY_ADVICE_SMALL) first = p / SY_CHUNK_PAGES, end = (p + n - 1) / SY_CHUNK_PAGES + 1;
   for (uint64_t c = first; c < end; c++)
-    if (advice[c] != is) advice[c] = is;
+    if ((advice[c] & ~SY_ADVICE_MERGE) != is) advice[c] = is | (advice[c] & SY_ADVICE_MERGE);
+}
+/* MADV_MERGEABLE. What is no longer so is known by page: the chunk only says where to look. */
+static void merge_here(uint64_t p, uint64_t n) {
+  some_mergeable = 1;
+  bits(mergeable, p, n, SET);
+  for (uint64_t c = p / SY_CHUNK_PAGES; c <= (p + n - 1) / SY_CHUNK_PAGES; c++)
+    if (!(advice[c] & SY_ADVICE_MERGE)) advice[c] |= SY_ADVICE_MERGE;
 }
 static int all_free(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
@@ -291,6 +310,7 @@ static void claim(uint64_t p, uint64_t n, uint8_t a) {
     if (p + n > mmap_next && p <= mmap_next) mmap_next = p + n;
   } else if (p + n > brk_hi)
     brk_hi = p + n;
+  if (merge_all) merge_here(p, n);
   post(SY_MSG_MM_MMAP, p, 0, n, 0, A_PROT(a), 0);
 }
 static void map_pages(uint64_t p, uint64_t n, uint8_t a) {
@@ -327,7 +347,7 @@ static int keep(uint64_t p, uint64_t n) {
     if (attr[i] != A_OF(RW)) return 0;
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end)) {
     word_t w = LOAD(pte[i]);
-    if ((w & SY_PTE_MLOCKED) || (w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED) return 0;
+    if ((w & SY_PTE_MLOCKED) || (w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO) return 0;
     some |= (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT;
   }
   if (!some) return 0; /* nothing in it: unmapping costs nothing */
@@ -641,8 +661,13 @@ static long do_madvise(uintptr_t addr, uint64_t size, int how) {
     break;
   case MADV_HUGEPAGE: advise(p, n, SY_ADVICE_HUGE); break;
   case MADV_NOHUGEPAGE: advise(p, n, SY_ADVICE_SMALL); break;
+  case MADV_MERGEABLE: merge_here(p, n); break; /* (what is unmapped in it is no longer, as soon as it is mapped) */
+  case MADV_UNMERGEABLE:
+    bits(mergeable, p, n, CLEAR);
+    fill_later(p, n, 0); /* whoever may write has copies of his own then */
+    break;
   case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
-  case MADV_MERGEABLE: case MADV_UNMERGEABLE: case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
+  case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
   default: return -EINVAL;
   }
   if (set | clear)
@@ -684,6 +709,13 @@ static long move_request(void *arg) {
       st = SY_PTE_PRESENT, w &= ~(word_t)SY_PTE_HASFRAME;
     }
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
+    if (st == SY_PTE_SHARED_RO) { /* shared no longer */
+      private_request((uint64_t[]){i, 1});
+      if (m->prot != RW) SYS(__NR_mprotect, VA(i), PS, m->prot, 0, 0);
+      post(SY_MSG_PAGE_FREED, i, pfn, 1, 0, 0, 0);
+      __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+      st = SY_PTE_NATIVE, w = (w & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) | SY_PTE_NATIVE;
+    }
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);
       if ((x & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (x >> SY_PTE_PFN_SHIFT) != pfn + k || ((x ^ w) & SY_PTE_MLOCKED)) break;

@@ -241,6 +241,7 @@ static void commit(void) {
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
     op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : op[i].op == SY_OP_COLLAPSE ? take(2) % 600 : 0;
     if (op[i].op == SY_OP_COLLAPSE && b & 32) op[i].order = SY_HUGE_ORDER;
+    if (op[i].op == SY_OP_MERGE) op[i].arg = b & 16 ? op[i].pfn : a_pfn(as_of(p));
     if (op[i].op == SY_OP_MIGRATE) op[i].arg = b & 16 ? take(1) % 4 : SY_MIGRATE_TO | a_pfn(NULL);
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
     if (op[i].op == SY_OP_PREFETCH && aimed & 16) { /* of a page that is in the store, as a rule */
@@ -269,11 +270,12 @@ static void scribble(struct as *a, int what) {
     uint64_t h = a->chan->head;
     s = &a->chan->slots[h % SY_CHANNEL_SLOTS];
     static const uint8_t type[] = {SY_MSG_PAGE_MAPPED, SY_MSG_PAGE_FREED, SY_MSG_PAGE_MOVED, SY_MSG_MAGAZINE_LOW, SY_MSG_MM_FORK, SY_MSG_MM_MMAP, SY_MSG_PAGE_FAULT,
-                                   SY_MSG_PAGE_HINT, SY_MSG_SLOT_FREED, SY_MSG_SLOT_MOVED};
+                                   SY_MSG_PAGE_HINT, SY_MSG_SLOT_FREED, SY_MSG_SLOT_MOVED, SY_MSG_PAGE_SHARED, SY_MSG_PAGE_COW};
     uint64_t b = take(1);
     s->msg.type = b < 0xe0 ? type[b % sizeof type] : (uint16_t)take(2);
     s->msg.length = (uint16_t)number(), s->msg.seqnum = (uint32_t)number(), s->msg.asid = (uint32_t)number();
     s->msg.pfn = a_pfn(a), s->msg.vpage = number(), s->msg.npages = (uint32_t)number(), s->msg.order = (uint16_t)number(), s->msg.node = (uint16_t)number();
+    if (s->msg.type == SY_MSG_PAGE_COW) s->msg.arg = a_pfn(NULL);
     if (s->msg.type == SY_MSG_SLOT_FREED || s->msg.type == SY_MSG_SLOT_MOVED) s->msg.arg = number();
     s->turn = h + 1, a->chan->head = h + 1;
     break;
@@ -326,6 +328,20 @@ static void run_storer(void) {
       if (c && c->op == SY_CMD_PREFETCH && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
         MUST(c->args[1] && c->args[1] <= SY_PREFETCH_PAGES && c->args[0] + c->args[1] <= SY_ARENA_PAGES, "a stub is told to bring back page %lu, %lu of them", c->args[0], c->args[1]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, 0};
+      }
+      if (c && c->op == SY_CMD_SHARE && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        uint64_t n = c->args[1], p = c->args[0], to = c->args[2], from = c->args[3];
+        MUST(n && n <= SY_CHUNK_PAGES && p + n <= SY_ARENA_PAGES && to + n <= FRAMES && from + n <= FRAMES, "a stub is told to share %lu pages from page %lu on with frame %lu", n, p, to);
+        int does = a != honest && !(id & 1);
+        for (int k = 0; does && k < 2; k++) { /* as a stub does: its frame may be shared now, or is not needed any more; and, now and then, a copy, or a lie */
+          uint64_t h = a->chan->head;
+          struct sy_slot *s = &a->chan->slots[h % SY_CHANNEL_SLOTS];
+          if (s->turn != h) break;
+          s->msg = (struct sy_msg){.type = k ? (id & 2 ? SY_MSG_PAGE_FREED : SY_MSG_PAGE_COW) : to == from ? SY_MSG_PAGE_SHARED : SY_MSG_PAGE_FREED, .vpage = p, .npages = (uint32_t)n, .arg = to};
+          s->msg.pfn = (uint32_t)(k ? (id & 2 ? to : (uint64_t)a->ctl->in_hand[0]) : to == from ? to : from);
+          s->turn = h + 1, a->chan->head = h + 1;
+        }
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, does ? (int64_t)n : -EAGAIN};
       }
       if (c && c->op == SY_CMD_MOVE && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
         uint64_t n = c->args[1];
@@ -529,7 +545,7 @@ static void bury_all(void) {
   /* The honest one's stub is not played as far as commands go: what was sent to it stays, and nobody waits for it. */
   for (int i = 0; i < G->npend; i++) MUST(G->pend[i].as == honest && !G->pend[i].listener, "commands wait for the dead");
   for (int i = 0; i < G->npend; i++)
-    if (G->pend[i].op == SY_CMD_MOVE) moved(G, honest, G->pend[i].args, -EAGAIN, 1);
+    if (G->pend[i].op == SY_CMD_MOVE || G->pend[i].op == SY_CMD_SHARE) moved(G, honest, G->pend[i].args, -EAGAIN, 1);
   MUST(!honest->moving, "%u moves are still counted", honest->moving);
   G->npend = 0, honest->outstanding = 0;
   for (uint32_t k = 0; k < 16; k++) G->frames[honest_pfn + k].flags = 0;

@@ -1,0 +1,110 @@
+/* stub, part: pages that share a frame with others (MERGE), and the copy that the first write makes.
+ *
+ * Such a page is a private mapping of the frame, write-protected through userfaultfd: its word is SHARED_RO. It is private so that nothing can be lost between
+ * putting the mapping there and protecting it: a write that comes just then makes the kernel copy the page, into memory of its own; the pagemap shows that,
+ * and the page is native from then on. A write that comes later is a fault of ours: frame from the magazine, copy, mapped in place. */
+
+/* Shares [p, p + n), whose words are locked, with the frames from pfn on. found[i]: 1 where a write was quicker. 0 or -errno: nothing has been done. */
+static long share_map(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+  static uint64_t entry[SY_CHUNK_PAGES];
+  uint32_t nd = node_of(pfn);
+  long r = sys_mmap(VA(p), n * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+  if (r < 0 && r > -4096) return r;
+  SYS(__NR_madvise, VA(p), n * PS, MADV_POPULATE_READ, 0, 0); /* as populating a writable private mapping would copy it */
+  struct uffdio_writeprotect w = {.range = {VA(p), n * PS}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+  if (!uffd_register(p, n, UFFDIO_REGISTER_MODE_WP)) SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &w, 0, 0);
+  memset(entry, 0, sizeof entry);
+  long fd = SYS(__NR_open, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0, 0, 0);
+  if (fd >= 0) SYS(__NR_pread64, fd, entry, n * sizeof *entry, VA(p) / PS * sizeof *entry, 0), SYS(__NR_close, fd, 0, 0, 0, 0);
+  for (uint64_t i = 0; i < n; i++) { /* present, the file's page, protected (Documentation/admin-guide/mm/pagemap.rst) */
+    found[i] = (entry[i] >> 57 & (1 << 6 | 1 << 4 | 1)) != (1 << 6 | 1 << 4 | 1);
+    if (!found[i]) continue;
+    w = (struct uffdio_writeprotect){.range = {VA(p + i), PS}, .mode = 0};
+    SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &w, 0, 0);
+    if (prot & PROT_WRITE) __atomic_fetch_or((uint8_t *)VA(p + i), 0, __ATOMIC_RELAXED); /* its own copy, if it has none yet */
+  }
+  return 0;
+}
+static int alike(uint32_t a, uint32_t b, uint64_t n) {
+  static uint8_t both[2][8 * PS];
+  uint32_t na = node_of(a), nb = node_of(b);
+  for (uint64_t i = 0, k; i < n; i += k) {
+    k = n - i < 8 ? n - i : 8;
+    if (SYS(__NR_pread64, fd_ram[na], both[0], k * PS, (a + i - node[na].base) * PS, 0) != (long)(k * PS)) return 0;
+    if (SYS(__NR_pread64, fd_ram[nb], both[1], k * PS, (b + i - node[nb].base) * PS, 0) != (long)(k * PS)) return 0;
+    const uint64_t *x = (void *)both[0], *y = (void *)both[1];
+    for (uint64_t j = 0; j < k * PS / 8; j++)
+      if (x[j] != y[j]) return 0;
+  }
+  return 1;
+}
+/* SY_CMD_SHARE; command thread, under mm_lock. */
+static long share_pages(uint64_t p, uint64_t n, uint32_t to, uint32_t from) {
+  static word_t was[SY_CHUNK_PAGES];
+  uint64_t k = 0, away = 0, native = 0;
+  if (p >= SY_ARENA_PAGES || !n || n > SY_CHUNK_PAGES || n > SY_ARENA_PAGES - p) return -EINVAL;
+  uint8_t a = attr[p];
+  if (is_native(p) || is_native(p + n - 1) || bits(mergeable, p, n, LOOK) != n) return -EPERM;
+  for (uint64_t i = 0; i < n; i++)
+    if (attr[p + i] != a || !may(a, 0) || !(A_PROT(a) & PROT_READ)) return -EPERM;
+  for (; k < n; k++) {
+    word_t w = LOAD(chunks[(p + k) / SY_CHUNK_PAGES]) ? LOAD(pte[p + k]) : 0;
+    if ((w & SY_PTE_MLOCKED) || !has_frame(w) || w >> SY_PTE_PFN_SHIFT != from + k || !CAS(pte[p + k], &w, locked(w))) break;
+    was[k] = w, away += (w & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED;
+  }
+  if (k < n) return not_moved(p, k, was), -EAGAIN;
+  long r = SYS(__NR_madvise, VA(p), n * PS, MADV_DONTNEED, 0, 0);
+  if (!r) look_at_threads(0); /* (see move_pages) */
+  if (!r && to != from && !alike(from, to, n)) r = -EILSEQ;
+  if (!r) r = share_map(p, to, n, kprot(a));
+  if (r < 0) return not_moved(p, n, was), r;
+  __atomic_fetch_sub(&ctl->pages_mapped, n - away, __ATOMIC_RELAXED);
+  __atomic_fetch_sub(&ctl->pages_swapped, away, __ATOMIC_RELAXED);
+  if (to == from) post(SY_MSG_PAGE_SHARED, p, to, n, 0, 0, 0);
+  else post(SY_MSG_PAGE_FREED, p, from, n, 0, 0, 0);
+  for (uint64_t i = 0; i < n; i++) {
+    if (found[i]) post(SY_MSG_PAGE_FREED, p + i, to + (uint32_t)i, 1, 0, 0, 0), native++;
+    was[i] = (found[i] ? SY_PTE_NATIVE : ((word_t)(to + i) << SY_PTE_PFN_SHIFT) | SY_PTE_SHARED_RO) | (kprot(a) != RW ? W_KPROT : 0);
+  }
+  __atomic_fetch_add(&ctl->pages_native, native, __ATOMIC_RELAXED);
+  not_moved(p, n, was);
+  return (long)(n - native);
+}
+
+/* A write to a shared page. Fault thread. Without a frame for it (no gateway) the kernel makes the copy, in memory of its own. */
+static void copy_on_write(int me, uint64_t p) {
+  word_t w = LOAD(pte[p]);
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SHARED_RO || !CAS(pte[p], &w, (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME)) return wake(p, 1);
+  uint8_t a = attr[p];
+  uint32_t old = (uint32_t)(w >> SY_PTE_PFN_SHIFT), od = node_of(old);
+  int got = 0;
+  if (!may(a, 1)) return STORE(pte[p], w), wake(p, 1); /* the kernel says so */
+  uint32_t pfn = some_frames(me, p, 0, &got);
+  if (pfn == SY_NO_FRAME && !LOAD(gateway_dead)) { /* a fork has begun, whose end wakes all */
+    STORE(pte[p], w);
+    return;
+  }
+  if (pfn == SY_NO_FRAME) {
+    struct uffdio_writeprotect u = {.range = {VA(p), PS}, .mode = 0};
+    STORE(pte[p], SY_PTE_NATIVE | (w & (W_KPROT | SY_PTE_MLOCKED)));
+    __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+    return wake(p, 1);
+  }
+  uint32_t nd = node_of(pfn);
+  int prot = kprot(a);
+  long r = SYS(__NR_pread64, fd_ram[od], unpacked[me], PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)PS &&
+           SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)PS ? map_frames(p, pfn, 1, prot) : -EIO;
+  if (r < 0) { /* too many mappings: again */
+    post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, 1, 0, 0, 1);
+    STORE(ctl->in_hand[me], SY_NO_FRAME);
+    STORE(pte[p], w);
+    leave_reading(me), nap(1000);
+    return wake(p, 1);
+  }
+  post(SY_MSG_PAGE_COW, p, pfn, 1, 0, old, 0);
+  STORE(pte[p], ((word_t)pfn << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED));
+  STORE(ctl->in_hand[me], SY_NO_FRAME);
+  __atomic_fetch_add(&ctl->pages_mapped, 1, __ATOMIC_RELAXED);
+  wake(p, 1);
+}
