@@ -17,15 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from bench import bus_bench, swap_bench
+from bus.runtime import fetch_tables
+from kernel.abi import lib
 from sylvie.life import control
 
 HERE = Path(__file__).resolve().parent
@@ -301,6 +304,78 @@ def thp(b: Bench) -> list[Row]:
         ]
 
 
+KSM = Path("/sys/kernel/mm/ksm")
+
+
+@contextlib.contextmanager
+def ksmd() -> Iterator[psutil.Process]:
+    """Linux's own, as quick as it can; its settings are put back, and what it merged is taken apart."""
+    before = {f: (KSM / f).read_text() for f in ("pages_to_scan", "sleep_millisecs", "run")}
+    # (max_page_sharing stays as it is: 256, as here)
+    try:
+        for f, value in (("pages_to_scan", "100000"), ("sleep_millisecs", "0"), ("run", "1")):
+            (KSM / f).write_text(value)
+        yield next(p for p in psutil.process_iter(["name"]) if p.info["name"] == "ksmd")
+    finally:
+        (KSM / "run").write_text("2")
+        for f, value in before.items():
+            (KSM / f).write_text(value)
+
+
+def cpu(*processes: psutil.Process) -> float:
+    return sum(t.user + t.system for t in (p.cpu_times() for p in processes))
+
+
+def ksm(b: Bench) -> list[Row]:
+    """256 MiB of which 16 are distinct: how much memory is saved, and how many pages are merged in a second of CPU time."""
+    if not (KSM / "run").exists():
+        return [Row("merging equal pages: this kernel has no ksmd to compare with (CONFIG_KSM)", "", None, None, None, "")]
+    mib, distinct, program = 256, 4096, b.run_dir.parent / "alike"
+    expected = mib * 256 - distinct
+    subprocess.run(["gcc", "-O2", "-o", program, HERE.parent / "tests/programs/alike.c", "-lpthread"], check=True)
+    command = [str(program), "same", str(mib), str(distinct)]
+
+    def merged(start: list[str], shared: Callable[[], int], others: Callable[[psutil.Process], list[psutil.Process]]) -> tuple[int, float, float]:
+        """Pages saved, CPU seconds, seconds."""
+        p = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert p.stdin and p.stdout
+        try:
+            ours = others(psutil.Process(p.pid))
+            before = cpu(*ours)
+            assert p.stdout.readline() == "there\n"
+            filled, began, most, last = cpu(psutil.Process(p.pid)), time.monotonic(), 0, time.monotonic()
+            while most < expected and time.monotonic() < last + 10:
+                if (now := shared()) > most:
+                    most, last = now, time.monotonic()
+                time.sleep(0.05)
+            took = cpu(*ours) - before - (filled if psutil.Process(p.pid) in ours else 0)
+            seconds = last - began
+            p.stdin.write("\n")
+            p.stdin.flush()
+            assert p.stdout.readline() == "wrong 0\n"
+            return most, took, seconds
+        finally:
+            p.kill()
+            p.wait(20)
+
+    def here() -> int:
+        frames = fetch_tables(b.run_dir, lib.SY_C_KSM).frames
+        shares = frames["refcount"][frames["state"] == lib.SY_FRAME_SHARED]
+        return int(shares.sum()) - len(shares)
+
+    with ksmd() as k:
+        native = merged(command, lambda: int((KSM / "pages_sharing").read_text()), lambda _: [k])
+    s = control(b.run_dir, {"t": "status"})
+    mine = [s["pid"], *(c["pid"] for c in s["components"] if c["name"] == "ksm")]
+    ours = merged(b.managed([*command]), here, lambda p: [p, *map(psutil.Process, mine)])
+    rate = [n / max(seconds, 1e-3) for n, seconds, _ in (native, ours)]
+    return [
+        Row(f"equal pages merged, of {expected}", "pages", native[0], ours[0], ours[0] / max(1, native[0]), ">= 1.0"),
+        Row("… per CPU-second (ksmd; ksm, gateway and stub together)", "1/s", rate[0], rate[1], rate[1] / rate[0], ">= 0.5"),
+        Row("… in so many seconds", "s", native[2], ours[2], ours[2] / native[2], ""),
+    ]
+
+
 SUITES: dict[str, Callable[[Bench], list[Row]]] = {
     "memory": memory,
     "starts": starts,
@@ -308,6 +383,7 @@ SUITES: dict[str, Callable[[Bench], list[Row]]] = {
     "redis": redis,
     "bus": bus,
     "thp": thp,
+    "ksm": ksm,
 }
 
 

@@ -106,7 +106,7 @@ class Enclave:
             done = self.cli("status", "--json", ok=False)
             return int(json.loads(done.stdout)["pid"]) if done.returncode == 0 else 0
 
-        return int(wait_for(lambda: (pid := serving()) != old and pid, 30, "no new gateway"))
+        return int(wait_for(lambda: (pid := serving()) != old and pid, 60, "no new gateway"))
 
     def check(self) -> None:
         """As ``sylvie check``."""

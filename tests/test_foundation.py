@@ -98,6 +98,7 @@ def family(e: Enclave) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.alone
 def test_gateway_killed_at_any_moment(own_enclave: Enclave, root_dir: Path) -> None:
     """Again and again, under every kind of program: nobody crashes or loses a byte, and the next gateway serves again."""
     e, r = own_enclave, random.Random(11)

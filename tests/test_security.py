@@ -162,6 +162,17 @@ def test_memory_files_are_closed_to_other_users(enclave: Enclave) -> None:
     program.communicate("\n", timeout=20)
 
 
+def test_ram_is_read_by_ksm_only(enclave: Enclave) -> None:
+    """Of the components; and it cannot write, nor open it again so that it could."""
+    maps = {c["name"]: Path(f"/proc/{c['pid']}/maps").read_text() for c in enclave.status()["components"]}
+    having = {name: [line for line in text.splitlines() if "memfd:sylvie-ram" in line] for name, text in maps.items()}
+    assert {name for name, lines in having.items() if lines} == {"ksm"}
+    assert {line.split()[1] for line in having["ksm"]} == {"r--s"}
+    pid = enclave.component("ksm")["pid"]
+    again = [f"/proc/{pid}/map_files/{line.split()[0]}" for line in having["ksm"]]
+    assert "opened" not in as_uid(keys.uid_of("ksm"), ATTEMPT, *again, *memory_files(enclave.gateway_pid()))
+
+
 def test_keys_live_as_long_as_the_enclave(own_enclave: Enclave) -> None:
     """They outlive a killed gateway and a restarted component; down removes them."""
     public = own_enclave.run_dir / keys.FOLDER / "gateway.public"

@@ -19,7 +19,8 @@ MAPPED, SHARED = FRAME_STATES["mapped"], FRAME_STATES["shared"]
 BUSY = lib.SY_FF_SHARING | lib.SY_FF_SWAPPING | lib.SY_FF_TARGET
 SCAN = 8192  # pages looked at in one step, at most
 PART = 4  # … which takes at most 1/PART of the time while something is found,
-IDLE = 50  # and 1/IDLE otherwise (ksmd's advisor: as quickly as it pays)
+IDLE = 10  # and 1/IDLE otherwise (ksmd's advisor: as quickly as it pays)
+LONGEST = 1.0  # seconds between two steps, at most
 HOLDER = 16  # bytes that the gateway keeps for a shared page
 PER_STABLE: int = lib.SY_MAX_SHARING
 NOTHING = np.zeros(0, np.int64)
@@ -102,24 +103,28 @@ class Policy(BasePolicy):
         ours = self.candidates()
         at = int(np.searchsorted(ours, self.cursor))
         some = np.union1d(ours[at : at + SCAN], np.intersect1d(self.again, ours))
+        self.unstable = np.intersect1d(self.unstable, ours)
         self.again = NOTHING
         if len(some):
             self._look(some)
         if at + SCAN >= len(ours):  # a round is over
             self.full_scans += 1
             self.volatile = self.volatile_now
-            self.cursor, self.found = 0, False
+            self.cursor = 0
             self._new_round()
         else:
             self.cursor = int(ours[at + SCAN - 1]) + 1
         took = self.now() - began
-        self.look_at = self.now() + took * (PART if self.found or len(self.again) else IDLE) + (0.0 if len(ours) else 0.5)
+        pause = took * (PART if self.found or len(self.again) else IDLE)
+        self.look_at = self.now() + (min(pause, LONGEST) if len(ours) else 0.5)
 
     def _look(self, pfns: NDArray[np.int64]) -> None:
+        self.found = False
         f = self.frames[pfns]
         page = f["asid"].astype(np.int64) << 32 | f["vpage"].astype(np.int64)
         now = self._checksums(pfns)
         settled = (self.checksum[pfns] == now) & (self.page[pfns] == page)
+        self.found |= bool((self.page[pfns] != page).any())
         self.volatile_now += int(np.count_nonzero(~settled & (self.page[pfns] == page)))
         self.checksum[pfns], self.page[pfns] = now, page
         pfns = pfns[settled]

@@ -72,7 +72,7 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
     if (to != op->pfn && t->state != SY_FRAME_SHARED) return SY_R_STALE;
     if (to != op->pfn && t->refcount >= SY_MAX_SHARING) return SY_R_FULL;
   }
-  if (a->moving + n > MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
+  if (a->moving + n > 4 * MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   for (uint32_t i = 0; i < n; i++) {
     if (to != op->pfn && add_holder(g, a, to + i, g->frames[op->pfn + i].vpage, 1)) { /* (it stays SHARED meanwhile, whoever else lets go) */
       while (i--) drop_holder(g, a, to + i, holder_of(g, a, to + i, g->frames[op->pfn + i].vpage));

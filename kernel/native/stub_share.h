@@ -5,7 +5,7 @@
  * and the page is native from then on. A write that comes later is a fault of ours: frame from the magazine, copy, mapped in place. */
 
 /* Shares [p, p + n), whose words are locked, with the frames from pfn on. found[i]: 1 where a write was quicker. 0 or -errno: nothing has been done. */
-static long share_map(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+static long share_some(uint64_t p, uint32_t pfn, uint64_t n, int prot, uint8_t *own) {
   static uint64_t entry[SY_CHUNK_PAGES];
   uint32_t nd = node_of(pfn);
   long r = sys_mmap(VA(p), n * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
@@ -17,13 +17,23 @@ static long share_map(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
   long fd = SYS(__NR_open, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC, 0, 0, 0);
   if (fd >= 0) SYS(__NR_pread64, fd, entry, n * sizeof *entry, VA(p) / PS * sizeof *entry, 0), SYS(__NR_close, fd, 0, 0, 0, 0);
   for (uint64_t i = 0; i < n; i++) { /* present, the file's page, protected (Documentation/admin-guide/mm/pagemap.rst) */
-    found[i] = (entry[i] >> 57 & (1 << 6 | 1 << 4 | 1)) != (1 << 6 | 1 << 4 | 1);
-    if (!found[i]) continue;
-    w = (struct uffdio_writeprotect){.range = {VA(p + i), PS}, .mode = 0};
-    SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &w, 0, 0);
-    if (prot & PROT_WRITE) __atomic_fetch_or((uint8_t *)VA(p + i), 0, __ATOMIC_RELAXED); /* its own copy, if it has none yet */
+    own[i] = (entry[i] >> 57 & (1 << 6 | 1 << 4 | 1)) != (1 << 6 | 1 << 4 | 1);
+    if (!own[i]) continue;
+    private_request((uint64_t[]){p + i, 1}); /* its own copy, if it has none yet */
+    if (prot != RW) SYS(__NR_mprotect, VA(p + i), PS, prot, 0, 0);
   }
   return 0;
+}
+/* In pieces that the kernel cannot map by a huge entry, which it would drop to protect it: half a block, and then, when that one is another mapping by its
+ * registration, the other half. Pages that are done. */
+#define PIECE (SY_CHUNK_PAGES / 2)
+static long share_map(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
+  for (uint64_t i = 0, k; i < n; i += k) {
+    k = PIECE - (p + i) % PIECE < n - i ? PIECE - (p + i) % PIECE : n - i;
+    long r = share_some(p + i, pfn + (uint32_t)i, k, prot, found + i);
+    if (r < 0) return i ? (long)i : r;
+  }
+  return (long)n;
 }
 static int alike(uint32_t a, uint32_t b, uint64_t n) {
   static uint8_t both[2][8 * PS];
@@ -58,6 +68,12 @@ static long share_pages(uint64_t p, uint64_t n, uint32_t to, uint32_t from) {
   if (!r && to != from && !alike(from, to, n)) r = -EILSEQ;
   if (!r) r = share_map(p, to, n, kprot(a));
   if (r < 0) return not_moved(p, n, was), r;
+  if ((uint64_t)r < n) { /* there are too many mappings: the rest stays where it was */
+    not_moved(p + (uint64_t)r, n - (uint64_t)r, was + r);
+    if (to != from) post(SY_MSG_PAGE_FREED, p + (uint64_t)r, to + (uint32_t)r, n - (uint64_t)r, 0, 0, 0);
+    n = (uint64_t)r, away = 0;
+    for (uint64_t i = 0; i < n; i++) away += (was[i] & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED;
+  }
   __atomic_fetch_sub(&ctl->pages_mapped, n - away, __ATOMIC_RELAXED);
   __atomic_fetch_sub(&ctl->pages_swapped, away, __ATOMIC_RELAXED);
   if (to == from) post(SY_MSG_PAGE_SHARED, p, to, n, 0, 0, 0);
