@@ -60,12 +60,13 @@ class Policy(BasePolicy):
         self.volatile_now = 0
 
     def _checksums(self, pfns: NDArray[np.int64]) -> NDArray[np.uint64]:
-        pages: list[Any] = [None] * len(pfns)
-        for (base, size), ram in zip(self.nodes, self.ram, strict=True):
-            at = np.flatnonzero((pfns >= base) & (pfns < base + size))
-            for i, page in zip(at.tolist(), ram[pfns[at] - base], strict=True):
-                pages[i] = page
-        return np.fromiter(map(xxhash.xxh3_64_intdigest, pages), np.uint64, len(pages))
+        out, size, digest = np.zeros(len(pfns), np.uint64), lib.SY_PAGE_SIZE, xxhash.xxh3_64_intdigest
+        for (base, frames), ram in zip(self.nodes, self.ram, strict=True):
+            at = (pfns >= base) & (pfns < base + frames)
+            view = memoryview(ram.reshape(-1).data)  # its slices copy nothing
+            begins = ((pfns[at] - base) * size).tolist()
+            out[at] = np.fromiter((digest(view[b : b + size]) for b in begins), np.uint64, len(begins))
+        return out
 
     # ---- what became of it ----
     def page_merged(self, events: NDArray[np.void]) -> None:
@@ -102,11 +103,11 @@ class Policy(BasePolicy):
             return
         ours = self.candidates()
         at = int(np.searchsorted(ours, self.cursor))
-        some = np.union1d(ours[at : at + SCAN], np.intersect1d(self.again, ours))
+        some, again = ours[at : at + SCAN], np.intersect1d(self.again, ours)
         self.unstable = np.intersect1d(self.unstable, ours)
         self.again = NOTHING
         if len(some):
-            self._look(some)
+            self._look(some, again)
         if at + SCAN >= len(ours):  # a round is over
             self.full_scans += 1
             self.volatile = self.volatile_now
@@ -118,16 +119,21 @@ class Policy(BasePolicy):
         pause = took * (PART if self.found or len(self.again) else IDLE)
         self.look_at = self.now() + (min(pause, LONGEST) if len(ours) else 0.5)
 
-    def _look(self, pfns: NDArray[np.int64]) -> None:
-        self.found = False
+    def _page(self, pfns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Whose page is in each frame now."""
         f = self.frames[pfns]
-        page = f["asid"].astype(np.int64) << 32 | f["vpage"].astype(np.int64)
+        return f["asid"].astype(np.int64) << 32 | f["vpage"].astype(np.int64)
+
+    def _look(self, pfns: NDArray[np.int64], again: NDArray[np.int64]) -> None:
+        """``again``: have been looked at a moment ago, and settled."""
+        self.found = False
+        page = self._page(pfns)
         now = self._checksums(pfns)
         settled = (self.checksum[pfns] == now) & (self.page[pfns] == page)
         self.found |= bool((self.page[pfns] != page).any())
         self.volatile_now += int(np.count_nonzero(~settled & (self.page[pfns] == page)))
         self.checksum[pfns], self.page[pfns] = now, page
-        pfns = pfns[settled]
+        pfns = np.union1d(pfns[settled], again[self.page[again] == self._page(again)])
         f = self.frames[self.stable]
         self.stable = self.stable[f["state"] == SHARED]
         room = self.stable[self.frames["refcount"][self.stable] < lib.SY_MAX_SHARING]
