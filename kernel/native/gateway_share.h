@@ -88,6 +88,9 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
 static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t n, uint32_t to, uint32_t from, int64_t r) {
   for (uint32_t i = 0; i < n; i++) {
     struct sy_frame *f = &g->frames[from + i];
+    uint64_t w = __atomic_load_n(&a->pte[vpage + i], __ATOMIC_ACQUIRE);
+    /* its PAGE_SHARED was lost */
+    if (r >= 0 && to == from && f->asid == a->asid && (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && w >> SY_PTE_PFN_SHIFT == from + i) make_shared(g, a, from + i, 1, vpage + i);
     if (f->asid == a->asid && f->state == SY_FRAME_MAPPED) f->flags &= (uint8_t)~SY_FF_SHARING;
     uint32_t *at = g->frames[to + i].state == SY_FRAME_SHARED ? holder_of(g, a, to + i, vpage + i) : NULL;
     if (!at || !g->holder[*at].pending) continue;
