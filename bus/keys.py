@@ -68,6 +68,9 @@ def _read(run_dir: Path, file: str) -> bytes:
 
 def connect_as(socket: zmq.Socket[bytes], run_dir: Path, name: str) -> None:
     """Gives a client socket the key of ``name``. :raises BusError: there is none, or it may not be read"""
+    # A handshake that is not finished by then is begun anew, and what was sent meanwhile follows it. ZeroMQ's own patience is 30 s, as long as our
+    # commands': twice on a busy machine a command was not answered although the gateway was well.
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.curve_secretkey = _read(run_dir, f"{name}.secret")
     socket.curve_publickey = _read(run_dir, f"{name}.public")
     socket.curve_serverkey = _read(run_dir, f"{GATEWAY}.public")
