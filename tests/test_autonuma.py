@@ -70,8 +70,6 @@ def test_pages_come_to_who_touches_them(enclave: Enclave, compiled: Callable[[st
             with contextlib.suppress(ProcessLookupError):
                 os.kill(enclave.component("autonuma")["pid"], signal.SIGKILL)
         wait_for(lambda: first(cpu_node[0]) > 0.9 and second(cpu_node[1]) > 0.9, 40, f"{first(0)}, {second(1)} are where they belong")
-        dump = wait_for(lambda: enclave.component("autonuma")["dump"], 5, "no dump")
-        assert sum(dump["moved"]) > 0
 
 
 def test_interleaved(enclave: Enclave, compiled: Callable[[str], Path]) -> None:

@@ -364,9 +364,10 @@ for fd in fds:
 def test_killed_gateway_leaves_programs_and_shells_running(own_enclave: Enclave) -> None:
     """What runs goes on natively, and so does what is started below it; a new gateway comes up and serves again."""
     e = own_enclave
-    script = 'i=0; while [ ! -e "$1" ]; do x=$(/bin/ls / | wc -l); i=$((i+1)); done; python=$2; "$python" -c "print(len(bytearray(50<<20)))"; echo shell ok'
+    script = 'i=0; echo runs; while [ ! -e "$1" ]; do x=$(/bin/ls / | wc -l); i=$((i+1)); done; python=$2; "$python" -c "print(len(bytearray(50<<20)))"; echo shell ok'
     stop = e.run_dir.parent / f"{e.run_dir.name}.stop"
     shell = e.popen(["bash", "-c", script, "x", stop, sys.executable])
+    assert shell.stdout and shell.stdout.readline() == "runs\n"
     p = load(e, 6)
     wait_for(lambda: e.status()["frames"]["mapped"] > 1000, 20, "nothing is mapped")
     old = e.gateway_pid()

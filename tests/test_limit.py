@@ -55,12 +55,15 @@ def owned(e: Enclave, zone: int) -> int:
 @contextlib.contextmanager
 def watched(e: Enclave) -> Iterator[list[int]]:
     """The most frames, by the frame table, that any limit's programs were seen with, as the list's only element. (Frames that change hands
-    while it is read are seen twice.)"""
+    while it is read are seen twice: what took long to read, because something else ran meanwhile, says nothing.)"""
     frames, most, over = tables(e).frames, [0], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
-            most[0] = max(most[0], int(np.bincount(frames["limit"])[lib.SY_MAX_NODES :].max(initial=0)))
+            began = time.perf_counter()
+            zones = frames["limit"].copy()
+            if time.perf_counter() - began < 0.001:
+                most[0] = max(most[0], int(np.bincount(zones)[lib.SY_MAX_NODES :].max(initial=0)))
 
     t = threading.Thread(target=watch)
     t.start()

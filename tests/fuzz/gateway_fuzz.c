@@ -565,7 +565,8 @@ static void bury_all(void) {
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
   (void)argc, (void)argv;
-  char dir[] = "/tmp/sylvie-fuzz-XXXXXX", err[200] = "";
+  char dir[120], err[200] = "";
+  snprintf(dir, sizeof dir, "%s/sylvie-XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp"); /* `run` clears it away */
   MUST(mkdtemp(dir), "no directory");
   __lsan_disable(); /* what lives as long as the gateway, some of it known to epoll only */
   G = sy_gw_new(dir, FRAMES * PS, 2, err, sizeof err);
