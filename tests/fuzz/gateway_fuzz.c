@@ -565,14 +565,14 @@ static void bury_all(void) {
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
   (void)argc, (void)argv;
-  char dir[120], err[200] = "";
-  snprintf(dir, sizeof dir, "%s/sylvie-XXXXXX", getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp"); /* `run` clears it away */
+  char dir[] = "/tmp/sylvie-fuzz-XXXXXX", err[200] = "";
   MUST(mkdtemp(dir), "no directory");
   __lsan_disable(); /* what lives as long as the gateway, some of it known to epoll only */
   G = sy_gw_new(dir, FRAMES * PS, 2, err, sizeof err);
   MUST(G, "%s", err);
   snprintf(err, sizeof err, "%s/swap", dir);
   MUST(!sy_gw_set_swap(G, err, 256 * PS, FRAMES / 4), "no swap file");
+  MUST(!unlink(err) && !unlink(G->sock_path) && !rmdir(dir), "something is left in %s", dir); /* the names are needed no more, however this ends */
   for (uint32_t f = 0; f < FRAMES; f += CHUNK_FRAMES) populate_chunk(G, G->frames[f].node, f, -1);
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
