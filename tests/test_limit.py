@@ -55,15 +55,13 @@ def owned(e: Enclave, zone: int) -> int:
 @contextlib.contextmanager
 def watched(e: Enclave) -> Iterator[list[int]]:
     """The most frames, by the frame table, that any limit's programs were seen with, as the list's only element. (Frames that change hands
-    while it is read are seen twice: what took long to read, because something else ran meanwhile, says nothing.)"""
+    while it is read are seen twice. So it is read twice: whose limit is the same both times has been that one's in between.)"""
     frames, most, over = tables(e).frames, [0], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
-            began = time.perf_counter()
-            zones = frames["limit"].copy()
-            if time.perf_counter() - began < 0.001:
-                most[0] = max(most[0], int(np.bincount(zones)[lib.SY_MAX_NODES :].max(initial=0)))
+            once, again = frames["limit"].copy(), frames["limit"].copy()
+            most[0] = max(most[0], int(np.bincount(once[once == again])[lib.SY_MAX_NODES :].max(initial=0)))
 
     t = threading.Thread(target=watch)
     t.start()
