@@ -17,9 +17,8 @@ $(VENV)/.ready: pyproject.toml tools/system-packages
 run: setup
 	@$(PY) -m sylvie.demo $(if $(CMD),-- $(CMD))
 
-# Two at a time: most tests wait for something most of the time. What needs the machine for itself is marked `alone`.
 test: setup
-	$(PY) -m pytest -m "not soak" -n 2 --dist loadfile
+	tools/run-tests $(PY)
 
 soak: setup
 	$(PY) -m pytest -m soak --timeout 3600

@@ -134,6 +134,9 @@ def test_events_arrive_in_order_and_without_loss(enclave: Enclave) -> None:
     enclave.counter()
     with subscriber(enclave.run_dir, [b"test"]) as late:
         total = 0
+        while not late.poll(100):  # it is connected when something comes
+            enclave.control.request({"t": "post-test", "n": 10_000})
+            total += 10_000
         for _ in range(10):
             enclave.control.request({"t": "post-test", "n": 10_000})
             total += 10_000

@@ -190,7 +190,8 @@ def test_a_release_that_fails_half_way(enclave: Enclave, compiled: Compiled, pie
             if room is None:
                 assert mapped() == 0 and "sylvie-ram" not in Path(f"/proc/{p.pid}/maps").read_text()
             else:
-                wait_for(lambda had=had: (pieces * 2 - 4) * 512 < had - mapped() < (pieces * 2 + 2) * 512, 5, f"native: {had - mapped()}")
+                # What its thread touches meanwhile is mapped over memory that the limit counted: room for another piece or two.
+                wait_for(lambda had=had: (pieces * 2 - 4) * 512 < had - mapped() < (pieces * 2 + 5) * 512, 5, "another part is native")
         assert p.wait(20) == 0
     finally:
         p.kill()

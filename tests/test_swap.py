@@ -315,7 +315,7 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
     """Stale, foreign and impossible ones: each with its reason."""
     e = bring_up(root_dir / "swr", "--ram", "64M", "--swap", "64M")
     try:
-        e.supervisorctl("stop", "kswapd")
+        e.supervisorctl("stop", "kswapd", "thp")  # (thp would move them meanwhile)
         p = e.popen(
             [sys.executable, "-c", "b = bytearray(8 << 20); print('there', flush=True); input()"], stdin=subprocess.PIPE
         )
@@ -338,6 +338,8 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
         assert e.status()["frames"]["mapped"] == before and e.status()["swap"]["used"] == 0
         p.communicate("\n", timeout=20)
     finally:
+        p.kill()
+        p.wait(10)
         take_down(e)
 
 
