@@ -52,7 +52,7 @@ enum sy_msg_type {
   SY_MSG_PAGE_HINT = 203,     /* asid, vpage, pfn: touched after AGE took it away, and mapped again where it was; arg = 1 + the CPU that did, 0: not known */
   SY_MSG_PAGE_SWAPPED = 204,  /* asid, vpage, npages; pfn = the frames they leave; those that are FREE now PAGE_FREED names, the others are GRANTED to asid again; arg = first slot */
   SY_MSG_PAGE_REFAULT = 205,  /* asid, vpage, pfn = where it is now; arg = pages swapped out since it left: its refault distance */
-  SY_MSG_PAGE_COW = 206,      /* asid, vpage, pfn: a write to a SHARED frame, which was arg, has made a copy */
+  SY_MSG_PAGE_COW = 206,      /* asid, vpage, pfn, npages: a write to SHARED frames, which were those from arg on, has made copies */
   SY_MSG_MAGAZINE_LOW = 207,  /* asid, order; npages = level (blocks left); arg = blocks consumed so far */
   SY_MSG_WATERMARK = 208,     /* node = zone; npages = frames FREE there, or left of that limit; arg: 0 below min, 1 below low, 2 above high again */
   SY_MSG_OOM = 209,           /* nothing is left. asid, arg = pid, npages = frames mapped: who was ended for it; or arg 0: asid goes native */
@@ -99,7 +99,7 @@ enum sy_frame_state {
   SY_FRAME_GRANTED = 2,  /* in asid's magazine (or in its hand) */
   SY_FRAME_MAPPED = 3,   /* in asid's page table at vpage */
   SY_FRAME_ISOLATED = 4, /* between two states: the gateway is at work on it */
-  SY_FRAME_SHARED = 5,   /* in one or more page tables, refcount, and written by nobody */
+  SY_FRAME_SHARED = 5,   /* in one or more page tables, refcount, and written by nobody. Merged: owned by none. Since a fork: owned by one of them */
   SY_FRAME_RESERVED = 6, /* held for the gateway's own use */
   SY_FRAME_PINNED = 7,
   SY_FRAME_STATES = 8
@@ -127,7 +127,9 @@ struct sy_frame {
   uint64_t phys;      /* physical page frame number of the machine, 0 = not known */
   uint32_t limit;     /* the zone of its owner's limit; 0 = none */
   uint32_t run;       /* SWAPPING: which of its owner's runs told it to leave */
-  uint64_t reserved[3];
+  uint32_t parted;    /* 1: MAPPED again after a fork, by who is left; its stub has not been told (SY_CMD_OWN) */
+  uint32_t pad;
+  uint64_t reserved[2];
 };
 
 /* ---- heat: is a frame's page in use? ---- */
@@ -159,7 +161,7 @@ enum sy_pte_state {
   SY_PTE_PRESENT = 1,
   SY_PTE_LOCKED = 2,     /* somebody is at work on this page; whoever unlocks with CONTENDED set must wake it */
   SY_PTE_SWAPPED = 3,    /* taken away. HASFRAME: the frame still holds the content (Linux's swap cache); else the pfn field is a slot */
-  SY_PTE_SHARED_RO = 4,  /* in a SHARED frame, write-protected */
+  SY_PTE_SHARED_RO = 4,  /* write-protected, in a SHARED frame; or in a MAPPED one that was (parted) */
   SY_PTE_NATIVE = 5      /* backed by the kernel's own anonymous memory (no frame could be had) */
 };
 #define SY_PTE_STATE_MASK 0xf
@@ -167,6 +169,7 @@ enum sy_pte_state {
 #define SY_PTE_CONTENDED 0x20  /* a fault met LOCKED and was left waiting */
 #define SY_PTE_HASFRAME 0x40   /* LOCKED: the pfn field is valid */
 #define SY_PTE_MLOCKED 0x100   /* mlock: must not leave RAM. Written by the stub, under its mm_lock */
+#define SY_PTE_FORKED 0x200    /* SHARED_RO: mapped as before the fork, shared and write-protected; without it the mapping is private */
 #define SY_PTE_PFN_SHIFT 12
 
 /* ---- shared memory of one address space, written by its stub (memfd "as", mode 0600) ---- */
@@ -208,6 +211,7 @@ struct sy_as_ctl {
   uint64_t brk_pages;
   uint64_t mmap_hi;                 /* vpages above this were never used */
   uint64_t pages_swapped;           /* pages taken away: in the store, or on the way */
+  uint64_t forks;                   /* begun so far; moves after fork_active, see SY_CMD_OWN */
   uint64_t pages_committed;         /* what the program may write: Linux's Committed_AS, of one program */
   struct sy_cmd_done done[SY_CMD_SLOTS];
 };
@@ -226,13 +230,14 @@ enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2, SY_ADVICE_MERGE = 4 /*
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7, SY_CMD_OWN = 8 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
  * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages.
  * MOVE: args = vpage, n <= SY_CHUNK_PAGES within a chunk, pfn, from, most: these pages are mapped in the frames from pfn on, with the content that they have.
  * from: where they must be now, one after the other; or SY_NO_FRAME: anywhere, and at most `most` may be untouched. result = pages that there were, or -errno:
  * nothing has changed. SHARE: args = vpage, n, to, from: these pages, which must be in the frames from `from` on, share those from `to` on, if they hold the same
- * (SHARED, or to = from). result as of MOVE. */
+ * (SHARED, or to = from). result as of MOVE. OWN: args = vpage, n, pfn: of these pages those that are SHARED_RO in the frames from pfn on are the program's alone
+ * again; result = pages. args[3] = ctl.forks when that was decided: if another has begun since, -EAGAIN, as they may be shared again. */
 #define SY_EVICT_RUNS 2048
 struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
@@ -320,7 +325,7 @@ enum sy_counter {
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
   SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27,
-  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29
+  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29 /* pages copied by a write to what was shared */, SY_CNT_FORK_SHARED = 30, SY_CNT_FORKS_PARTED = 31
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -367,11 +372,13 @@ struct sy_op {
 };
 
 /* ---- the Unix socket <run dir>/gateway.sock (SOCK_SEQPACKET) ---- */
-enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT = 3, SY_HELLO_NEED_UFFD = 4 };
+enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT = 3, SY_HELLO_NEED_UFFD = 4, SY_HELLO_FORK = 5 };
 /* STUB: with the client's userfaultfd (no UFFDIO_API done on it: the gateway does it, EVENT_FORK needs privilege).
  * NEED_UFFD: the answer carries a descriptor of /dev/userfaultfd; the client goes on with STUB on the same socket.
  * KEEPER: with the seccomp listener and a one-page memfd (struct sy_keeper_page). COMPONENT: arg = component id. */
-/* STUB: arg = frames of its limit, 0 for none; group names who shares it. */
+/* STUB: arg = frames of its limit, 0 for none; group names who shares it. FORK: as STUB, by a forked child before it runs; arg = its parent's asid, whose page table
+ * it gets, all that is in frames SHARED_RO in both. */
+#define SY_FORK_SHARES 256 /* pages in frames: a fork with fewer copies them, which is cheaper */
 struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; uint64_t group; };
 enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3, SY_W_LIMITS = 4 /* no more of them, or a wrong one */ };
 /* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots; ksm: also each node's ram, to read. */

@@ -110,6 +110,10 @@ struct as {
   int recycles;           /* order + 1 of the last block whose pages left and which stayed with it: see recycle; 0 = none */
   uint64_t prefetching, prefetch_told_ns; /* pages that it is to bring back, or was told to; when it was told last (under lock) */
   uint32_t shared;        /* pages in SHARED frames (under lock) */
+  uint32_t own_from;      /* frames before this one have no news for it: see send_owns; NONE: none has (under lock) */
+  uint64_t own_since_ns;  /* since when some have */
+  int forked;             /* it began with its parent's page table */
+  uint64_t parting_ns;    /* when it was told to turn native, so that others may have the frames that it shares; 0 = not (under lock) */
   uint32_t moving, moves; /* pages queued to move, or told and not answered; in how many moves (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
@@ -359,7 +363,7 @@ static void make_free(struct sy_gateway *g, uint32_t pfn, uint32_t n, int zero) 
   for (uint32_t i = pfn; i < pfn + n; i++) {
     struct sy_frame *f = &g->frames[i];
     stay(g, f);
-    f->asid = 0, f->vpage = 0, f->refcount = 0;
+    f->asid = 0, f->vpage = 0, f->refcount = 0, f->parted = 0;
     f->flags = zero ? SY_FF_ZERO : 0;
   }
   memset(g->heat + pfn, 0, n * sizeof *g->heat);
@@ -608,13 +612,14 @@ static uint32_t limit_zone(struct sy_gateway *g, uint32_t frames, uint64_t group
   g->watermark_told[z] = 2, g->reclaiming[z] = 0, g->standby_head[z] = g->standby_tail[z] = 0;
   return z;
 }
-/* limit: frames, 0 for none. *status says why there is none. */
-static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd, uint32_t limit, uint64_t group, int *status) {
+/* limit: frames, 0 for none; or of whom it is a fork, and within whose limit. *status says why there is none. */
+static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd, uint32_t limit, uint64_t group, const struct as *parent, int *status) {
   *status = SY_W_FULL;
   struct as *a = calloc(1, sizeof *a);
   if (!a) return NULL;
   pthread_mutex_lock(&g->lock);
-  if (limit && (limit < SY_LEAST_LIMIT || !(a->zone = limit_zone(g, limit, group)))) *status = SY_W_LIMITS;
+  if (parent) a->zone = parent->zone;
+  else if (limit && (limit < SY_LEAST_LIMIT || !(a->zone = limit_zone(g, limit, group)))) *status = SY_W_LIMITS;
   if (g->nas == MAX_AS || *status == SY_W_LIMITS) {
     pthread_mutex_unlock(&g->lock);
     free(a);
@@ -629,7 +634,7 @@ static struct as *new_as(struct sy_gateway *g, pid_t pid, int uffd, uint32_t lim
     return NULL;
   }
   a->as_fd = p.as_fd, a->mag_fd = p.mag_fd, a->mag_ro = p.mag_ro, a->mem = p.mem, a->mag = p.mag;
-  a->asid = ++g->next_asid, a->pid = pid, a->uffd = uffd, a->list = NONE;
+  a->asid = ++g->next_asid, a->pid = pid, a->uffd = uffd, a->list = a->own_from = NONE, a->forked = parent != NULL;
   a->pidfd = (int)syscall(SYS_pidfd_open, pid, 0); /* (it waits for our answer, so it is that one) */
   a->ctl = (void *)(a->mem + SY_AS_CTL_OFF), a->chunks = a->mem + SY_AS_CHUNKS_OFF;
   a->chan = (void *)(a->mem + SY_AS_CHANNEL_OFF), a->pte = (void *)(a->mem + SY_AS_PTE_OFF);
@@ -721,22 +726,20 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     map_frames(g, a, m.pfn, m.npages, m.vpage);
     break;
   case SY_MSG_PAGE_FREED:
-    if (let_go(g, a, m.pfn, m.npages, m.vpage)) return;
-    if (!owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) {
-      bad(g, a);
-      return;
-    }
-    release_frames(g, a, m.pfn, m.npages);
-    m.order = 0;
-    break;
+    if (!may_let_go(g, a, m.pfn, m.npages, m.vpage, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) return bad(g, a);
+    let_go(g, a, m.pfn, m.npages, m.vpage);
+    return;
   case SY_MSG_PAGE_SHARED:
     if (!owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED)) || !make_shared(g, a, m.pfn, m.npages, m.vpage)) bad(g, a);
     return; /* PAGE_MERGED says it */
   case SY_MSG_PAGE_COW:
-    if (m.vpage >= SY_ARENA_PAGES || !owned(g, a, m.pfn, 1, IS(SY_FRAME_GRANTED)) || !let_go(g, a, m.arg < g->nframes ? (uint32_t)m.arg : NONE, 1, m.vpage)) return bad(g, a);
-    map_frames(g, a, m.pfn, 1, m.vpage);
-    m.npages = 1, m.order = 0;
-    count(g, SY_CNT_UNMERGED, 1);
+    if (m.vpage >= SY_ARENA_PAGES || m.npages > SY_ARENA_PAGES - m.vpage || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_GRANTED)) ||
+        !may_let_go(g, a, m.arg < g->nframes ? (uint32_t)m.arg : NONE, m.npages, m.vpage, IS(SY_FRAME_MAPPED)))
+      return bad(g, a);
+    let_go(g, a, (uint32_t)m.arg, m.npages, m.vpage);
+    map_frames(g, a, m.pfn, m.npages, m.vpage);
+    m.order = 0;
+    count(g, SY_CNT_UNMERGED, m.npages);
     break;
   case SY_MSG_PAGE_MOVED:
     if (m.vpage >= SY_ARENA_PAGES || m.vpage + m.npages > SY_ARENA_PAGES || !owned(g, a, m.pfn, m.npages, IS(SY_FRAME_MAPPED))) {
@@ -833,7 +836,11 @@ static void resync(struct sy_gateway *g, struct as *a) {
     for (uint64_t i = 0; i < a->suspects; i += 2) {
       uint32_t f = a->suspect[i], n = 1;
       if (!is_lost(g, a, named, &a->suspect[i])) continue;
-      while (i + 2 < a->suspects && a->suspect[i + 2] == f + n && is_lost(g, a, named, &a->suspect[i + 2])) n++, i += 2;
+      if (g->frames[f].state == SY_FRAME_SHARED) {
+        drop_one(g, a, f, g->frames[f].vpage);
+        continue;
+      }
+      while (i + 2 < a->suspects && a->suspect[i + 2] == f + n && g->frames[f + n].state != SY_FRAME_SHARED && is_lost(g, a, named, &a->suspect[i + 2])) n++, i += 2;
       release_frames(g, a, f, n);
       event_frames(g, SY_MSG_PAGE_FREED, a->asid, f, n, 0);
     }
@@ -915,6 +922,7 @@ static int mm_gone(struct as *a) {
 static void bury(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
   drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* not until it is empty: somebody may still hold its memory */
+  bury_shared(g, a);
   while (a->list != NONE) {
     uint32_t pfn = a->list, n = 1;
     while (n < 16384 && g->fnext[pfn + n - 1] == pfn + n) n++;
@@ -924,7 +932,6 @@ static void bury(struct sy_gateway *g, struct as *a) {
     pthread_mutex_lock(&g->lock);
   }
   bury_slots(g, a);
-  bury_shared(g, a);
   if (a->zone) g->hdr->limit[a->zone - SY_MAX_NODES].members--;
   for (uint32_t i = 0; i < g->nas; i++)
     if (g->as[i] == a) g->as[i] = g->as[--g->nas];

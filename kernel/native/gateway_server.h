@@ -164,6 +164,7 @@ static int admitted(const struct sy_gateway *g, uid_t uid) {
   for (int i = 0; i < g->nusers; i++) yes |= g->user[i] == uid;
   return yes;
 }
+static struct as *fork_of(struct sy_gateway *g, pid_t pid, int uffd, uint32_t parent, int *status);
 static void hello(struct sy_gateway *g, struct conn *c) {
   struct sy_hello h;
   int fd[4], n;
@@ -181,7 +182,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     welcome(g, c->fd, SY_W_ABI, 0, NULL, 0);
     goto refuse;
   }
-  if ((h.kind == SY_HELLO_NEED_UFFD || h.kind == SY_HELLO_STUB) && !admitted(g, cred.uid)) { /* they would get RAM */
+  if ((h.kind == SY_HELLO_NEED_UFFD || h.kind == SY_HELLO_STUB || h.kind == SY_HELLO_FORK) && !admitted(g, cred.uid)) { /* they would get RAM */
     count(g, SY_CNT_BAD_HELLOS, 1);
     welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
     goto refuse;
@@ -222,13 +223,13 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     c->kind = CONN_KEEPER, c->page = page, c->pid = cred.pid, c->peer = lc, lc->peer = c;
     return;
   }
-  if (h.kind == SY_HELLO_STUB && n == 1) {
+  if ((h.kind == SY_HELLO_STUB || h.kind == SY_HELLO_FORK) && n == 1) {
     if (!is_fd(fd[0], "anon_inode:[userfaultfd]")) {
       count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
     }
-    if (holds_references(g, cred.pid)) { /* docs/decisions/0005 */
+    if (h.kind == SY_HELLO_STUB && holds_references(g, cred.pid)) { /* docs/decisions/0005; a child holds what its parent does, who would not be here */
       count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
       goto refuse;
@@ -236,7 +237,8 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM |
                                                           UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_THREAD_ID};
     int status = SY_W_FULL;
-    struct as *a = ioctl(fd[0], UFFDIO_API, &api) ? NULL : new_as(g, cred.pid, fd[0], h.arg, h.group, &status);
+    struct as *a = NULL;
+    if (!ioctl(fd[0], UFFDIO_API, &api)) a = h.kind == SY_HELLO_FORK ? fork_of(g, cred.pid, fd[0], h.arg, &status) : new_as(g, cred.pid, fd[0], h.arg, h.group, NULL, &status);
     if (!a) {
       count(g, SY_CNT_BAD_HELLOS, 1);
       welcome(g, c->fd, status, 0, NULL, 0);
@@ -313,6 +315,7 @@ static int answer_released(struct pending *p) {
   return 1;
 }
 static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked);
+static void not_owned(struct sy_gateway *g, struct as *a, const uint64_t *args);
 static void send_command(struct as *a, struct pending *p) {
   struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
   p->cmd_id = ++a->cmd_id;
@@ -339,6 +342,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
       } else {
         if (p->cmd_id) a->outstanding--;
         if (p->op == SY_CMD_PREFETCH) prefetched(g, a, p->args[1]);
+        if (p->op == SY_CMD_OWN && r < 0) not_owned(g, a, p->args);
         if (p->op == SY_CMD_MOVE || p->op == SY_CMD_SHARE) moved(g, a, p->args, r, done);
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
@@ -364,7 +368,7 @@ static struct as *as_of_process(struct sy_gateway *g, pid_t pid) {
 /* What becomes native must fit into the machine beside the enclave's RAM, which stays as large as it is. */
 static int fits_machine(struct sy_gateway *g, const struct as *a) {
   char b[512], *q = strstr(read_proc(g, "/proc/meminfo", b, sizeof b), "MemAvailable:");
-  return !q || strtoull(q + 13, NULL, 10) * 1024 > (a->mapped + a->swapped) * PS + SY_MACHINE_KEEPS;
+  return !q || strtoull(q + 13, NULL, 10) * 1024 > (a->mapped + a->swapped + a->shared) * PS + SY_MACHINE_KEEPS;
 }
 /* Queues a command. listener NULL: nobody waits for it. -1: no memory. */
 static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, const uint64_t *args, struct conn *listener, uint64_t notif_id) {
@@ -471,7 +475,7 @@ static void out_of_frames(struct sy_gateway *g, uint32_t limit) {
     struct as *a = g->as[i];
     if (limit && a->zone != limit) continue;
     if ((a->killed_ns && now < a->killed_ns + OOM_PATIENCE_NS) || (a->dying && now < a->dying_since_ns + OOM_PATIENCE_NS)) return;
-    if (!a->killed_ns && !a->dying && (!victim || a->mapped > victim->mapped)) victim = a;
+    if (!a->killed_ns && !a->dying && (!victim || a->mapped + a->shared > victim->mapped + victim->shared)) victim = a;
   }
   if (!victim) return;
   victim->killed_ns = now;
@@ -480,6 +484,7 @@ static void out_of_frames(struct sy_gateway *g, uint32_t limit) {
   event(g, (struct sy_msg){.type = SY_MSG_OOM, .asid = victim->asid, .npages = (uint32_t)victim->mapped, .arg = (uint64_t)victim->pid});
 }
 /* Answers a stub that waits for frames, if there are any, or if none is an answer. */
+static int part_a_fork(struct sy_gateway *g, uint32_t limit);
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
   int order = a->starving - 1;
@@ -491,7 +496,11 @@ static void feed(struct sy_gateway *g, struct as *a) {
     uint64_t now = now_ns();
     if (!a->starved_ns) count(g, SY_CNT_NO_FRAMES, 1), a->starved_ns = now;
     uint32_t some = limit ? g->hdr->limit[limit - SY_MAX_NODES].frames / 16 : 1024;
-    reclaim_some(g, some < 1024 ? some : 1024, limit);
+    if (!reclaim_some(g, some < 1024 ? some : 1024, limit) && part_a_fork(g, limit)) {
+      a->starved_ns = now;
+      pthread_mutex_unlock(&g->lock);
+      return;
+    }
     /* What is stopped, or in the middle of a fork, takes nothing away now, and has given up waiting: its patience begins anew. */
     if (is_stopped(a) || a->ctl->fork_active) a->starved_ns = now;
     /* Some are on their way; or could be, but a stub has too much to do to be told now, or is slow to do it; or a disk is slow. */
@@ -570,6 +579,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
 }
 
 #include "gateway_move.h"
+#include "gateway_fork.h"
 /* Frames in the magazine for all that it is to bring back, in blocks of their size, and as many for its faults, if there are (under lock). */
 static void frames_for(struct sy_gateway *g, struct as *a, uint32_t n) {
   int order = 31 - __builtin_clz(n);
@@ -611,7 +621,7 @@ static int send_evictions(struct sy_gateway *g) {
   }
   send_prefetches(g);
   send_moves(g);
-  return again;
+  return again | send_owns(g);
 }
 /* A vfork child outlives its killed parent in the same memory, where nobody serves its faults any more. What takes neither frames nor the store
  * we give it, until it executes something, or ends. */
@@ -634,6 +644,7 @@ static void serve_orphan(struct sy_gateway *g, struct as *a) {
     struct uffdio_zeropage z = {.range = {at, PS}};
     struct uffdio_writeprotect u = {.range = {at, PS}};
     struct uffdio_continue c = {.range = {at, PS}};
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && w & SY_PTE_FORKED) continue; /* a write would be everybody's */
     if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO) ioctl(a->uffd, UFFDIO_WRITEPROTECT, &u); /* the kernel makes its copy */
     else if ((w & SY_PTE_STATE_MASK) == SY_PTE_NONE && !(w & SY_PTE_STALE)) ioctl(a->uffd, UFFDIO_ZEROPAGE, &z);
     else if ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT && m.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) ioctl(a->uffd, UFFDIO_WRITEPROTECT, &u);
@@ -990,7 +1001,9 @@ static void check_once(struct sy_gateway *g, struct report *r) {
           if (!slot_is(g, a, pfn) || g->slot[pfn].vpage != p) violation(r, doubt(14, p, pfn), "page %u of address space %u names slot %lu, which is another page's\n", p, a->asid, pfn);
           else slots++;
         }
-        if (st == SY_PTE_SHARED_RO && (pfn >= g->nframes || !holder_of(g, a, (uint32_t)pfn, p)))
+        int parted = st == SY_PTE_SHARED_RO && pfn < g->nframes && g->frames[pfn].state == SY_FRAME_MAPPED && owns(a, &g->frames[pfn], p);
+        if (parted) seen[pfn]++;
+        if (st == SY_PTE_SHARED_RO && !parted && (pfn >= g->nframes || !shares(g, a, (uint32_t)pfn, p)))
           violation(r, doubt(3, p, pfn), "page %u of address space %u shares frame %lu, which does not know\n", p, a->asid, pfn);
         if (st != SY_PTE_PRESENT && !(st == SY_PTE_SWAPPED && w & SY_PTE_HASFRAME)) continue;
         if (pfn >= g->nframes) violation(r, doubt(3, p, pfn), "page %u of address space %u names frame %lu, there are %u\n", p, a->asid, pfn, g->nframes);
@@ -1013,12 +1026,19 @@ static void check_once(struct sy_gateway *g, struct report *r) {
     }
     states[f->state]++;
     nfree += (uint64_t)bit;
-    uint32_t holders = 0;
-    for (uint32_t h = g->share_head[i]; h != NONE; h = g->holder[h].next) holders++;
-    if (f->state == SY_FRAME_SHARED ? holders != f->refcount || !holders || f->asid : holders) violation(r, doubt(9, i, f->barrier), "frame %u is in state %u, owner %u, refcount %u, and %u pages share it\n", i, f->state, f->asid, f->refcount, holders);
+    uint32_t holders = f->state == SY_FRAME_SHARED && f->asid, others = 0;
+    for (uint32_t h = g->share_head[i]; h != NONE; h = g->holder[h].next) holders++, others++;
+    if (f->state == SY_FRAME_SHARED ? holders != f->refcount || !others : others) violation(r, doubt(9, i, f->barrier), "frame %u is in state %u, owner %u, refcount %u, and %u pages share it\n", i, f->state, f->asid, f->refcount, holders);
     if (bit != (f->state == SY_FRAME_FREE)) violation(r, doubt(7, i, f->barrier), "frame %u is in state %u but the free map says %d\n", i, f->state, bit);
     if ((f->state == SY_FRAME_FREE || f->state == SY_FRAME_RESERVED) && (f->asid || f->refcount)) violation(r, doubt(8, i, f->barrier), "frame %u is in state %u but has owner %u, refcount %u\n", i, f->state, f->asid, f->refcount);
-    owned_states += f->state == SY_FRAME_GRANTED || f->state == SY_FRAME_MAPPED;
+    owned_states += f->state == SY_FRAME_GRANTED || f->state == SY_FRAME_MAPPED || (f->state == SY_FRAME_SHARED && f->asid);
+    for (uint32_t h = g->share_head[i], mine = f->asid && f->state == SY_FRAME_SHARED; mine || h != NONE; h = mine ? h : g->holder[h].next, mine = 0) {
+      struct as *a = find_as(g, mine ? f->asid : g->holder[h].asid);
+      uint64_t w = a ? __atomic_load_n(&a->pte[(mine ? f->vpage : g->holder[h].vpage) % SY_ARENA_PAGES], __ATOMIC_ACQUIRE) : 0;
+      int st = w & SY_PTE_STATE_MASK;
+      if (!a || (!a->dying && st != SY_PTE_LOCKED && (mine || !g->holder[h].pending) && (st != SY_PTE_SHARED_RO || w >> SY_PTE_PFN_SHIFT != i)))
+        violation(r, doubt(9, i, f->barrier), "frame %u is shared by address space %u, whose word does not name it\n", i, mine ? f->asid : g->holder[h].asid);
+    }
     if (f->state == SY_FRAME_MAPPED && !seen[i]) {
       struct as *a = find_as(g, f->asid);
       if (!a) violation(r, doubt(9, i, f->barrier), "frame %u is MAPPED for address space %u, which is not there\n", i, f->asid);
@@ -1034,7 +1054,7 @@ static void check_once(struct sy_gateway *g, struct report *r) {
     for (uint32_t i = 0; i < g->nas; i++) used += g->as[i]->zone == z ? g->as[i]->frames : 0;
     if (used + g->hdr->watermark[z].free != of) violation(r, doubt(2, z, used), "%lu frames are owned within limit %u of %lu, which has %u left\n", used, z, of, g->hdr->watermark[z].free);
   }
-  if (owned_total != owned_states) violation(r, doubt(12, 0, 0), "%lu frames are in lists of address spaces, %lu are GRANTED or MAPPED\n", owned_total, owned_states);
+  if (owned_total != owned_states) violation(r, doubt(12, 0, 0), "%lu frames are in lists of address spaces, %lu are GRANTED, MAPPED, or SHARED and owned\n", owned_total, owned_states);
   uint64_t reserved = 0, slabs = 0, objects = 0, packed = 0;
   for (int o = 0; o <= SY_MAX_ORDER; o++) reserved += (uint64_t)g->nreserve[o] << o;
   for (int i = 0; i < SY_SLAB_CACHES; i++) slabs += g->zpool->cache[i].frames, objects += g->zpool->cache[i].active;

@@ -1,5 +1,8 @@
-/* gateway, part: SHARED frames, who has them, and merging. A frame is SHARED from when the first stub says that it has protected it; it belongs to nobody
- * then, counts towards no limit, and is never written again; it is FREE when nobody has it any more. All under lock. */
+/* gateway, part: SHARED frames, who has them, and merging. All under lock.
+ *
+ * A merged frame is SHARED from when the first stub says that it has protected it; it belongs to nobody then, counts towards no limit, and is never written
+ * again; it is FREE when nobody has it any more. One that a fork shares stays its owner's, and counts as before; when the owner lets it go it is the next one's (a
+ * child is within its parent's limit), and when only one has it, it is MAPPED again. The owner is not in the list of holders. */
 static void free_holder(struct sy_gateway *g, uint32_t h) { g->holder[h].next = g->holder_free, g->holder_free = h; }
 /* [asid's page] has frame pfn, too. 0, or -1: no memory. */
 static int add_holder(struct sy_gateway *g, struct as *a, uint32_t pfn, uint64_t vpage, uint32_t pending) {
@@ -23,21 +26,75 @@ static uint32_t *holder_of(struct sy_gateway *g, const struct as *a, uint32_t pf
   while (*at != NONE && (g->holder[*at].asid != a->asid || g->holder[*at].vpage != vpage)) at = &g->holder[*at].next;
   return *at == NONE ? NULL : at;
 }
-static void drop_holder(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t *at) {
-  uint32_t h = *at;
-  *at = g->holder[h].next, free_holder(g, h);
-  a->shared--;
-  if (--g->frames[pfn].refcount) return;
-  make_free(g, pfn, 1, 0);
-  event_frames(g, SY_MSG_PAGE_FREED, 0, pfn, 1, 0);
+static int owns(const struct as *a, const struct sy_frame *f, uint64_t vpage) { return f->asid == a->asid && f->vpage == vpage; }
+static int shares(struct sy_gateway *g, const struct as *a, uint32_t pfn, uint64_t vpage) {
+  return g->frames[pfn].state == SY_FRAME_SHARED && (owns(a, &g->frames[pfn], vpage) || holder_of(g, a, pfn, vpage));
 }
-/* Pages from vpage on are no longer in these SHARED frames. 0: they were not, not all of them. */
-static int let_go(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, uint64_t vpage) {
+/* One event for frames, and pages, in a row: gathered in t, and sent when another does not go on from there. */
+static void tell_now(struct sy_gateway *g, struct sy_msg *t) {
+  if (t->npages) event(g, *t);
+  t->npages = 0;
+}
+static void tell(struct sy_gateway *g, struct sy_msg *t, int type, uint32_t asid, uint32_t pfn, uint64_t vpage) {
+  const struct sy_frame *f = &g->frames[pfn];
+  if (t->npages && t->type == type && t->asid == asid && t->pfn + t->npages == pfn && t->node == f->node && (!asid || t->vpage + t->npages == vpage)) t->npages++;
+  else tell_now(g, t), *t = (struct sy_msg){.type = (uint16_t)type, .asid = asid, .pfn = pfn, .vpage = vpage, .npages = 1, .node = f->node};
+}
+/* Only its owner has it still: MAPPED as any other, but that the owner's word and mapping say otherwise until it has been told (send_owns). */
+static void part(struct sy_gateway *g, uint32_t pfn, struct sy_msg *t) {
+  struct sy_frame *f = &g->frames[pfn];
+  struct as *a = find_as(g, f->asid);
+  map_frames(g, a, pfn, 1, f->vpage);
+  a->shared--, f->parted = 1;
+  if (a->own_from == NONE) a->own_since_ns = now_ns();
+  if (pfn < a->own_from) a->own_from = pfn;
+  tell(g, t, SY_MSG_PAGE_MAPPED, a->asid, pfn, f->vpage);
+}
+/* This page is no longer in that SHARED frame, in which it is. */
+static void drop_share(struct sy_gateway *g, struct as *a, uint32_t pfn, uint64_t vpage, struct sy_msg *t) {
+  struct sy_frame *f = &g->frames[pfn];
+  int owner = owns(a, f, vpage);
+  uint32_t *at = owner ? &g->share_head[pfn] : holder_of(g, a, pfn, vpage), h = *at;
+  struct holder was = g->holder[h];
+  *at = was.next, free_holder(g, h);
+  a->shared--, f->refcount--;
+  if (owner) {
+    disown(g, a, pfn);
+    f->asid = was.asid, f->vpage = was.vpage;
+    own(g, find_as(g, was.asid), pfn, 1);
+  }
+  if (f->asid && f->refcount == 1) part(g, pfn, t);
+  if (f->refcount) return;
+  make_free(g, pfn, 1, 0);
+  tell(g, t, SY_MSG_PAGE_FREED, 0, pfn, 0);
+}
+static void drop_one(struct sy_gateway *g, struct as *a, uint32_t pfn, uint64_t vpage) {
+  struct sy_msg t = {0};
+  drop_share(g, a, pfn, vpage, &t);
+  tell_now(g, &t);
+}
+/* May these pages, from vpage on, let these frames go: its own, in one of those states, or SHARED? */
+static int may_let_go(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, uint64_t vpage, int states) {
   if (!n || pfn >= g->nframes || n > g->nframes - pfn) return 0;
-  for (uint32_t i = 0; i < n; i++)
-    if (g->frames[pfn + i].state != SY_FRAME_SHARED || !holder_of(g, a, pfn + i, vpage + i)) return 0;
-  for (uint32_t i = 0; i < n; i++) drop_holder(g, a, pfn + i, holder_of(g, a, pfn + i, vpage + i));
+  for (uint32_t i = 0; i < n; i++) {
+    const struct sy_frame *f = &g->frames[pfn + i];
+    if (!shares(g, a, pfn + i, vpage + i) && !(f->asid == a->asid && states >> f->state & 1)) return 0;
+  }
   return 1;
+}
+static void let_go(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, uint64_t vpage) {
+  struct sy_msg t = {0};
+  for (uint32_t i = 0, k; i < n; i += k) {
+    k = 1;
+    if (g->frames[pfn + i].state == SY_FRAME_SHARED) {
+      drop_share(g, a, pfn + i, vpage + i, &t);
+      continue;
+    }
+    while (i + k < n && g->frames[pfn + i + k].state != SY_FRAME_SHARED) k++;
+    release_frames(g, a, pfn + i, k);
+    event(g, (struct sy_msg){.type = SY_MSG_PAGE_FREED, .asid = a->asid, .pfn = pfn + i, .npages = k, .vpage = vpage + i, .node = g->frames[pfn + i].node});
+  }
+  tell_now(g, &t);
 }
 /* MAPPED frames of its own, which it was told to share, are SHARED. 0: it was not told so. */
 static int make_shared(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t n, uint64_t vpage) {
@@ -69,13 +126,13 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
     const struct sy_frame *f = &g->frames[op->pfn + i], *t = &g->frames[to + i];
     if (!(f->flags & SY_FF_MERGEABLE)) return SY_R_NOT_PERMITTED;
     if (f->flags & SY_FF_SHARING) return SY_R_BUSY;
-    if (to != op->pfn && t->state != SY_FRAME_SHARED) return SY_R_STALE;
+    if (to != op->pfn && (t->state != SY_FRAME_SHARED || t->asid)) return SY_R_STALE; /* (what a fork shares is not there to stay) */
     if (to != op->pfn && t->refcount >= SY_MAX_SHARING) return SY_R_FULL;
   }
   if (a->moving + n > 4 * MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   for (uint32_t i = 0; i < n; i++) {
     if (to != op->pfn && add_holder(g, a, to + i, g->frames[op->pfn + i].vpage, 1)) { /* (it stays SHARED meanwhile, whoever else lets go) */
-      while (i--) drop_holder(g, a, to + i, holder_of(g, a, to + i, g->frames[op->pfn + i].vpage));
+      while (i--) drop_one(g, a, to + i, g->frames[op->pfn + i].vpage);
       return SY_R_BUSY;
     }
   }
@@ -94,12 +151,13 @@ static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t 
     if (f->asid == a->asid && f->state == SY_FRAME_MAPPED) f->flags &= (uint8_t)~SY_FF_SHARING;
     uint32_t *at = g->frames[to + i].state == SY_FRAME_SHARED ? holder_of(g, a, to + i, vpage + i) : NULL;
     if (!at || !g->holder[*at].pending) continue;
-    if (r < 0) drop_holder(g, a, to + i, at);
+    if (r < 0) drop_one(g, a, to + i, vpage + i);
     else g->holder[*at].pending = 0;
   }
 }
 /* What the page table of an address space that has lost messages says of its shared pages. */
 static void resync_shared(struct sy_gateway *g, struct as *a) {
+  struct sy_msg t = {0};
   for (uint32_t f = 0; a->shared && f < g->nframes; f++) {
     if (g->frames[f].state != SY_FRAME_SHARED) continue;
     for (uint32_t *at = &g->share_head[f]; *at != NONE;) {
@@ -110,20 +168,22 @@ static void resync_shared(struct sy_gateway *g, struct as *a) {
         at = &g->holder[*at].next;
         continue;
       }
-      int last = g->frames[f].refcount == 1;
-      drop_holder(g, a, f, at);
-      if (last) break;
+      drop_share(g, a, f, h->vpage, &t);
+      if (g->frames[f].state != SY_FRAME_SHARED) break;
+      at = &g->share_head[f];
     }
   }
+  tell_now(g, &t);
 }
 static void bury_shared(struct sy_gateway *g, struct as *a) {
-  for (uint32_t f = 0; a->shared && f < g->nframes; f++) {
-    if (g->frames[f].state != SY_FRAME_SHARED) continue;
-    for (uint32_t *at = &g->share_head[f]; *at != NONE;) {
-      int last = g->frames[f].refcount == 1;
-      if (g->holder[*at].asid != a->asid) at = &g->holder[*at].next;
-      else drop_holder(g, a, f, at);
-      if (last) break;
+  struct sy_msg t = {0};
+  for (uint32_t f = 0; a->shared && f < g->nframes; f++)
+    while (g->frames[f].state == SY_FRAME_SHARED) {
+      uint32_t h = g->share_head[f];
+      int owner = g->frames[f].asid == a->asid;
+      while (!owner && h != NONE && g->holder[h].asid != a->asid) h = g->holder[h].next;
+      if (!owner && h == NONE) break;
+      drop_share(g, a, f, owner ? g->frames[f].vpage : g->holder[h].vpage, &t);
     }
-  }
+  tell_now(g, &t);
 }

@@ -309,7 +309,10 @@ static void fault(int me, uint64_t addr, uint64_t flags) {
       }
       wake(p & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES);
       return;
-    case SY_PTE_SHARED_RO: copy_on_write(me, p); return;
+    case SY_PTE_SHARED_RO:
+      if ((w & SY_PTE_FORKED) && !(flags & (UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP))) map_shared_again(me, p);
+      else copy_on_write(me, p);
+      return;
     case SY_PTE_NATIVE: { /* one without a mapping of its own (see first_touch), and dropped since */
       struct uffdio_zeropage z = {.range = {VA(p), PS}};
       if (SYS(__NR_ioctl, fd_uffd, UFFDIO_ZEROPAGE, &z, 0, 0) < 0) wake(p, 1);
@@ -365,12 +368,14 @@ static void fault_thread(long me) {
 static long emulate(long nr, long *a);
 static long release_all(void);
 
-static void unmap_tables(void) {
-  SYS(__NR_munmap, slots, hdr->slots * sizeof *slots + 1, 0, 0, 0);
-  SYS(__NR_munmap, ctl, SY_AS_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, mag, SY_MAG_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, hdr, SY_HEADER_BYTES, 0, 0, 0);
-  SYS(__NR_munmap, bell, SY_BELL_BYTES, 0, 0, 0);
+struct tables { const struct sy_stored *slots; uint64_t nslots; struct sy_as_ctl *ctl; const volatile struct sy_mag *mag; const volatile struct sy_header *hdr; struct sy_bell *bell; };
+static struct tables tables(void) { return (struct tables){slots, hdr->slots, ctl, mag, hdr, bell}; }
+static void unmap_tables(struct tables t) {
+  SYS(__NR_munmap, t.slots, t.nslots * sizeof *t.slots + 1, 0, 0, 0);
+  SYS(__NR_munmap, t.ctl, SY_AS_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, t.mag, SY_MAG_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, t.hdr, SY_HEADER_BYTES, 0, 0, 0);
+  SYS(__NR_munmap, t.bell, SY_BELL_BYTES, 0, 0, 0);
 }
 /* The arena is the kernel's again, and nobody reads its faults any more: one fault each ends the threads that do, then this one. */
 static void end_threads(void) {
@@ -386,7 +391,7 @@ static void end_threads(void) {
   service_threads = 0; /* see exit_thread */
   for (uint32_t i = 1; i < threads; i++) *(volatile char *)(bait + (i - 1) * PS);
   SYS(__NR_munmap, bait, SY_SERVICE_THREADS * PS, 0, 0, 0);
-  unmap_tables();
+  unmap_tables(tables());
   SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
   SYS(__NR_exit, 0, 0, 0, 0, 0);
 }
@@ -427,6 +432,10 @@ static void run_command(const volatile struct sy_cmd *c) {
     lock_and_serve();
     r = mode == MANAGED ? share_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3]) : -EAGAIN;
     unlock();
+  } else if (c->op == SY_CMD_OWN) {
+    lock_and_serve();
+    r = mode == MANAGED ? own_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint64_t)a[3]) : 0;
+    unlock();
   } else if (c->op == SY_CMD_RELEASE) {
     r = 1;
     if (needs_release(c->nr, a)) {
@@ -464,7 +473,7 @@ static int recv_welcome(struct sy_welcome *w, int *fds, int max) {
 }
 static long send_hello(int kind, int fd) {
   union { char b[CMSG_SPACE(sizeof(int))]; struct cmsghdr h; } c;
-  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)kind, kind == SY_HELLO_STUB ? limit_frames : 0, limit_group};
+  struct sy_hello hello = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)kind, kind == SY_HELLO_STUB ? limit_frames : kind == SY_HELLO_FORK ? asid : 0, limit_group};
   struct iovec v = {&hello, sizeof hello};
   struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1};
   if (fd >= 0) {
@@ -475,6 +484,8 @@ static long send_hello(int kind, int fd) {
   return SYS(__NR_sendmsg, fd_sock, &m, MSG_NOSIGNAL, 0, 0) == sizeof hello ? 0 : -1;
 }
 
+static long inherit(const word_t *parent);
+static void drop_unwanted(void);
 static int join_enclave(void) {
   struct sy_welcome w;
   int f[5 + SY_MAX_NODES];
@@ -490,7 +501,7 @@ static int join_enclave(void) {
     if (fd_uffd < 0) return -1;
   }
   int n;
-  if (send_hello(SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 5 + SY_MAX_NODES)) < 6 || w.nodes > SY_MAX_NODES || n != 5 + (int)w.nodes) return -1;
+  if (send_hello(parent_pte ? SY_HELLO_FORK : SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 5 + SY_MAX_NODES)) < 6 || w.nodes > SY_MAX_NODES || n != 5 + (int)w.nodes) return -1;
   asid = w.asid, nodes = w.nodes;
   for (uint32_t i = 0; i < nodes; i++) node[i] = w.node[i], fd_ram[i] = f[5 + i];
   long as = sys_mmap(0, SY_AS_BYTES, RW, MAP_SHARED | MAP_NORESERVE, f[0], 0), mg = sys_mmap(0, SY_MAG_BYTES, PROT_READ, MAP_SHARED, f[1], 0);
@@ -500,12 +511,17 @@ static int join_enclave(void) {
   if (sl < 0) return -1;
   /* Core dumps hold the program's memory: frames that are mapped, not the empty arena, nor our tables. */
   SYS(__NR_madvise, as, SY_AS_BYTES, MADV_DONTDUMP, 0, 0);
-  SYS(__NR_madvise, VA(brk_floor), (SY_BRK_PAGES - brk_floor) * PS, MADV_DONTDUMP, 0, 0);
-  SYS(__NR_madvise, VA(mmap_floor), (SY_ARENA_PAGES - mmap_floor) * PS, MADV_DONTDUMP, 0, 0);
   for (int i = 0; i < 5; i++) SYS(__NR_close, f[i], 0, 0, 0, 0);
   ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), advice = (void *)(as + SY_AS_ADVICE_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
   mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl, slots = (void *)sl;
   ctl->pages_committed = committed; /* of a forked child: what it inherited */
+  if (parent_pte) {
+    if (inherit(parent_pte) >= 0) return 0;
+    say("sylvie: a forked child found no memory for its mappings\n");
+    SYS(__NR_exit_group, 127, 0, 0, 0, 0);
+  }
+  SYS(__NR_madvise, VA(brk_floor), (SY_BRK_PAGES - brk_floor) * PS, MADV_DONTDUMP, 0, 0);
+  SYS(__NR_madvise, VA(mmap_floor), (SY_ARENA_PAGES - mmap_floor) * PS, MADV_DONTDUMP, 0, 0);
   if (uffd_register(brk_floor, SY_BRK_PAGES - brk_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   if (uffd_register(mmap_floor, SY_ARENA_PAGES - mmap_floor, UFFDIO_REGISTER_MODE_MISSING) < 0) return -1;
   return 0;
@@ -528,6 +544,7 @@ static void command_thread(long unused) {
     uint32_t none[6] = {0};
     SYS(__NR_capset, &head, none, 0, 0, 0);
     mode = MANAGED;
+    if (parent_pte) drop_unwanted();
     service_threads = 1;
     struct sy_request q = {.kind = SY_REQ_READY};
     q.tids[0] = (uint32_t)SYS(__NR_gettid, 0, 0, 0, 0, 0);

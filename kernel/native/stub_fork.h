@@ -1,9 +1,12 @@
 /* stub, part 5: fork. Done at the system call itself, in the forking thread, whatever called it.
  *
- * The child gets a copy of every page, in memory of the kernel's own, made by itself before it returns into the program; the parent
- * waits, and all writes of its other threads are parked by write protection until the copy is done, so the child's view is of one
- * instant. The child lives on with what it inherited as native memory, and joins the enclave anew once it has mapped
- * ATTACH_AFTER_FORK bytes (a child that is about to exec never does). docs/decisions/0002 says why. */
+ * Parent and child share frames: before it returns into the program, the child joins the enclave with its parent's page table (SY_HELLO_FORK), and maps the
+ * frames anew, private and write-protected; the parent waits, with all that it has in frames write-protected where it is, and its other threads' faults left waiting, so
+ * the child's view is of one instant. Whoever writes then gets a copy (stub_share.h). docs/decisions/0014.
+ *
+ * Where there is little to share, or no gateway, or it cannot (a page is shared by too many), the child gets a copy of every page, in memory of the kernel's own, made
+ * by itself; it lives on with that, and joins the enclave anew once it has mapped ATTACH_AFTER_FORK bytes (a child that is about to exec never does).
+ * docs/decisions/0002 says why. */
 
 /* Kernel entries of frame mappings protected (on) or free again (off), run by run. */
 static long protect_request(void *arg) {
@@ -26,6 +29,14 @@ static long protect_request(void *arg) {
   }
   if (!on) wake(0, SY_ARENA_PAGES);
   return 0;
+}
+
+static int is_shared(word_t w) { return (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO; }
+/* Is so much in frames that sharing is cheaper than a copy? */
+static int worth_sharing(void) {
+  uint64_t n = 0;
+  for (uint64_t i = next_used(0, SY_ARENA_PAGES); i < SY_ARENA_PAGES && n < SY_FORK_SHARES; i = next_used(i + 1, SY_ARENA_PAGES)) n += (uint64_t)is_shared(LOAD(pte[i]));
+  return n == SY_FORK_SHARES;
 }
 
 static int is_single_threaded(void) {
@@ -150,7 +161,91 @@ static void now_forked(int other_tls) {
 }
 
 /* Static, as is the stack: the forking thread's own stack may lie in the arena, and every page of that is protected meanwhile. */
-static struct fork_args { long flags, ptid, ctid, tls; int managed, tid; } fork_args;
+static struct fork_args { long flags, ptid, ctid, tls; int managed, tid, shares; } fork_args;
+
+/* The child's command thread, which has joined as a fork; parent: its parent's page table. What it inherited names its parent's frames, unprotected: nobody but us
+ * runs here yet. Where there is nothing, or what it is not to have, an empty arena; then the shared frames, and what the parent has fetched from the store. 0 or
+ * -errno. */
+static int dropped(uint64_t p) { return (attr[p] & (A_DONTFORK | A_WIPEONFORK)) != 0; }
+static long empty_arena(uint64_t p, uint64_t end) {
+  for (uint64_t k; p < end; p += k) {
+    int keep = LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE && !dropped(p);
+    if (keep || (attr[p] & A_FOREIGN)) {
+      k = 1;
+      continue;
+    }
+    for (k = 1; p + k < end;) { /* (the end of the arena was never used: chunk by chunk) */
+      if ((p + k) % SY_CHUNK_PAGES == 0 && !LOAD(chunks[(p + k) / SY_CHUNK_PAGES]) && (p + k >= mmap_hi || (p + k < SY_BRK_PAGES && p + k >= brk_hi))) k += SY_CHUNK_PAGES;
+      else if (attr[p + k] & A_FOREIGN || (LOAD(chunks[(p + k) / SY_CHUNK_PAGES]) && (LOAD(pte[p + k]) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE && !dropped(p + k))) break;
+      else k++;
+    }
+    if (k > end - p) k = end - p;
+    long r = sys_mmap(VA(p), k * PS, RW, ANON | MAP_FIXED, -1, 0);
+    if (r < 0) return r;
+    SYS(__NR_madvise, VA(p), k * PS, MADV_DONTDUMP, 0, 0);
+    if ((r = uffd_register(p, k, UFFDIO_REGISTER_MODE_MISSING)) < 0) return r;
+  }
+  return 0;
+}
+static long inherit(const word_t *parent) {
+  long r = empty_arena(brk_floor, SY_BRK_PAGES);
+  if (!r) r = empty_arena(mmap_floor, SY_ARENA_PAGES);
+  for (uint64_t i = next_used(0, SY_ARENA_PAGES), k; i < SY_ARENA_PAGES && !r; i = next_used(i + k, SY_ARENA_PAGES)) {
+    word_t w = LOAD(pte[i]), st = w & SY_PTE_STATE_MASK, was = parent[i] & SY_PTE_STATE_MASK;
+    int prot = kprot(attr[i]);
+    k = 1;
+    if (st == SY_PTE_NATIVE && prot != RW) pte[i] |= W_KPROT;
+    if (dropped(i) || (st != SY_PTE_SHARED_RO && was != SY_PTE_SWAPPED)) continue;
+    uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT), nd = node_of(pfn);
+    while (i + k < SY_ARENA_PAGES && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]) && attr[i + k] == attr[i] && (LOAD(pte[i + k]) & SY_PTE_STATE_MASK) == st &&
+           (st == SY_PTE_SHARED_RO ? LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == pfn + k && node_of(pfn + (uint32_t)k) == nd : (parent[i + k] & SY_PTE_STATE_MASK) == was))
+      k++;
+    if (st == SY_PTE_SHARED_RO) {
+      struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
+      r = sys_mmap(VA(i), k * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
+      if (r > 0) r = uffd_register(i, k, UFFDIO_REGISTER_MODE_WP);
+      if (!r) r = SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+    } else {
+      if (prot != RW) SYS(__NR_mprotect, back + i * PS, k * PS, prot, 0, 0);
+      r = SYS(__NR_mremap, back + i * PS, k * PS, k * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(i));
+      if (r > 0) r = 0;
+    }
+    if (prot != RW)
+      for (uint64_t j = 0; j < k; j++) pte[i + j] |= W_KPROT;
+  }
+  return r;
+}
+/* … and lets go what it is not to have. It is MANAGED. */
+static void drop_unwanted(void) {
+  for (uint64_t i = next_used(0, SY_ARENA_PAGES); i < SY_ARENA_PAGES; i = next_used(i + 1, SY_ARENA_PAGES)) {
+    word_t w = LOAD(pte[i]);
+    if (!dropped(i)) continue;
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_NATIVE) __atomic_fetch_sub(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    STORE(pte[i], SY_PTE_NONE);
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO) post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), 1, 0, 0, 0);
+  }
+  for (uint64_t i = 0; i < mmap_hi; i++) {
+    if (i == brk_hi && i < SY_BRK_PAGES) i = SY_BRK_PAGES;
+    if ((attr[i] & A_DONTFORK) && !is_native(i)) attr[i] = 0, uncharge(i, 1);
+  }
+}
+
+/* The child of a fork that shares: joins. 0, or -1: nothing has changed. */
+static int join_as_child(int other_tls) {
+  struct tables parents = tables();
+  now_forked(other_tls);
+  parent_pte = pte;
+  STORE(join_state, 0);
+  if (start_thread(command_thread, 0, cmd_stack + sizeof cmd_stack, THREAD) < 0) STORE(join_state, 2);
+  while (!LOAD(join_state)) futex_wait(&join_state, 0, 1000, 0);
+  parent_pte = 0;
+  if (LOAD(join_state) != 1) return -1;
+  back_done();
+  STORE(parents.ctl->fork_done, 1);
+  futex_wake(&parents.ctl->fork_done, 1);
+  unmap_tables(parents);
+  return 0;
+}
 
 /* Clone, and what the child does before it goes back. */
 static long do_clone(struct fork_args *f) {
@@ -168,7 +263,8 @@ static long do_clone(struct fork_args *f) {
   }
   long pid = sys6(__NR_clone, flags, 0, ptid, f->ctid, f->tls, SY_MARK);
   if (pid) return pid;
-  if (f->managed) {
+  int shares = f->managed && f->shares && !join_as_child((f->flags & CLONE_SETTLS) != 0);
+  if (f->managed && !shares) {
     long r = settle();
     back_done();
     STORE(ctl->fork_done, r ? 2 : 1);
@@ -177,18 +273,18 @@ static long do_clone(struct fork_args *f) {
       say("sylvie: a forked child found no memory for its copy\n");
       SYS(__NR_exit_group, 127, 0, 0, 0, 0);
     }
-    unmap_tables();
+    unmap_tables(tables());
     mode = FORKED;
     brk_floor = PAGE(UP(brk_cur ? brk_cur : SY_ARENA_START)), mmap_floor = mmap_next = mmap_hi;
     brk_hi = brk_floor;
     memset(hole, 0, sizeof hole);
     kept_count = 0, kept_pages = 0;
-    if (tid_later) {
-      if (f->flags & CLONE_CHILD_SETTID) *(int *)f->ctid = (int)SYS(__NR_gettid, 0, 0, 0, 0, 0);
-      if (f->flags & CLONE_CHILD_CLEARTID) SYS(__NR_set_tid_address, f->ctid, 0, 0, 0, 0);
-    }
   }
-  now_forked((f->flags & CLONE_SETTLS) != 0);
+  if (!shares) now_forked((f->flags & CLONE_SETTLS) != 0);
+  if (tid_later) {
+    if (f->flags & CLONE_CHILD_SETTID) *(int *)f->ctid = (int)SYS(__NR_gettid, 0, 0, 0, 0, 0);
+    if (f->flags & CLONE_CHILD_CLEARTID) SYS(__NR_set_tid_address, f->ctid, 0, 0, 0, 0);
+  }
   return 0;
 }
 
@@ -209,9 +305,12 @@ static long fork_on_stack(struct fork_args *f) {
   __atomic_store_n(&ctl->fork_child, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_done, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
+  __atomic_fetch_add(&ctl->forks, 1, __ATOMIC_SEQ_CST);
   for (int i = 0; i < SY_SERVICE_THREADS; i++)
     while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
   int off = 0, on = 1;
+  f->shares = !LOAD(gateway_dead) && worth_sharing();
+  while (f->shares && kept_count) drop_kept(0);
   long pid = ctl->pages_swapped ? by_command_thread(bring_back, 0) : 0;
   if (pid < 0) {
     back_done();
@@ -219,7 +318,7 @@ static long fork_on_stack(struct fork_args *f) {
     by_command_thread(protect_request, &off);
     return -ENOMEM;
   }
-  if (!is_single_threaded()) by_command_thread(protect_request, &on);
+  if (f->shares || !is_single_threaded()) by_command_thread(protect_request, &on);
   pid = do_clone(f);
   if (pid == 0) return 0; /* the child */
   if (pid > 0) {
@@ -237,7 +336,7 @@ static long fork_on_stack(struct fork_args *f) {
 }
 /* Caller holds mm_lock. */
 static long do_fork(long flags, long ptid, long ctid, long tls) {
-  fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED, 0};
+  fork_args = (struct fork_args){flags, ptid, ctid, tls, mode == MANAGED, 0, 0};
   return sy_on_stack(fork_stack + sizeof fork_stack, fork_on_stack, &fork_args);
 }
 

@@ -1,12 +1,15 @@
-/* stub, part: pages that share a frame with others (MERGE), and the copy that the first write makes.
+/* stub, part: pages that share a frame with others (MERGE, fork), and the copies that writes make.
  *
  * Such a page is a private mapping of the frame, write-protected through userfaultfd: its word is SHARED_RO. It is private so that nothing can be lost between
  * putting the mapping there and protecting it: a write that comes just then makes the kernel copy the page, into memory of its own; the pagemap shows that,
- * and the page is native from then on. A write that comes later is a fault of ours: frame from the magazine, copy, mapped in place. */
+ * and the page is native from then on. A write that comes later is a fault of ours: frame from the magazine, copy, mapped in place.
+ *
+ * A parent's pages are protected where they are when it forks: a shared mapping (FORKED) until something takes its entries away, when it becomes a private one. */
 
-/* Shares [p, p + n), whose words are locked, with the frames from pfn on. found[i]: 1 where a write was quicker. 0 or -errno: nothing has been done. */
+/* Shares [p, p + n), whose words are locked, with the frames from pfn on. own[i]: 1 where a write was quicker. 0 or -errno: nothing has been done. */
+#define PIECE (SY_CHUNK_PAGES / 2)
 static long share_some(uint64_t p, uint32_t pfn, uint64_t n, int prot, uint8_t *own) {
-  static uint64_t entry[SY_CHUNK_PAGES];
+  uint64_t entry[PIECE]; /* (of any of our threads) */
   uint32_t nd = node_of(pfn);
   long r = sys_mmap(VA(p), n * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
   if (r < 0 && r > -4096) return r;
@@ -26,7 +29,6 @@ static long share_some(uint64_t p, uint32_t pfn, uint64_t n, int prot, uint8_t *
 }
 /* In pieces that the kernel cannot map by a huge entry, which it would drop to protect it: half a block, and then, when that one is another mapping by its
  * registration, the other half. Pages that are done. */
-#define PIECE (SY_CHUNK_PAGES / 2)
 static long share_map(uint64_t p, uint32_t pfn, uint64_t n, int prot) {
   for (uint64_t i = 0, k; i < n; i += k) {
     k = PIECE - (p + i) % PIECE < n - i ? PIECE - (p + i) % PIECE : n - i;
@@ -87,40 +89,121 @@ static long share_pages(uint64_t p, uint64_t n, uint32_t to, uint32_t from) {
   return (long)(n - native);
 }
 
-/* A write to a shared page. Fault thread. Without a frame for it (no gateway) the kernel makes the copy, in memory of its own. */
+/* PRESENT or SHARED_RO with that frame, page p, as the word w says (but for who waits) -> LOCKED. */
+static int lock_as(uint64_t p, word_t w) {
+  word_t x = LOAD(pte[p]);
+  return ((x ^ w) & ~(word_t)SY_PTE_CONTENDED) == 0 && CAS(pte[p], &x, locked(x));
+}
+static void shared_again(uint64_t p, uint64_t n, word_t w) {
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], w + (i << SY_PTE_PFN_SHIFT));
+}
+/* How many pages one write copies: more for who writes upwards, who has as many of his own before p (as read_ahead). */
+static int copy_order(uint64_t p, word_t w) {
+  int order = 0;
+  for (; order < READ_AHEAD_ORDER; order++) {
+    uint64_t n = 2ull << order;
+    if (p % n || p < n || !present(p - 1) || !present(p - n)) break;
+    for (uint64_t i = n / 2; i < n; i++)
+      if (attr[p + i] != attr[p] || LOAD(pte[p + i]) != w + (i << SY_PTE_PFN_SHIFT)) return order;
+  }
+  return order;
+}
+/* A write to a shared page. Fault thread. Without a frame for it (no gateway) the copy is memory of the kernel's own. */
 static void copy_on_write(int me, uint64_t p) {
-  word_t w = LOAD(pte[p]);
-  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SHARED_RO || !CAS(pte[p], &w, (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | SY_PTE_HASFRAME)) return wake(p, 1);
+  word_t w = LOAD(pte[p]) & ~(word_t)SY_PTE_CONTENDED;
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SHARED_RO || !lock_as(p, w)) return wake(p, 1);
   uint8_t a = attr[p];
   uint32_t old = (uint32_t)(w >> SY_PTE_PFN_SHIFT), od = node_of(old);
-  int got = 0;
+  int got = 0, prot = kprot(a), order = copy_order(p, w);
   if (!may(a, 1)) return STORE(pte[p], w), wake(p, 1); /* the kernel says so */
-  uint32_t pfn = some_frames(me, p, 0, &got);
+  uint32_t pfn = some_frames(me, p, order, &got);
   if (pfn == SY_NO_FRAME && !LOAD(gateway_dead)) { /* a fork has begun, whose end wakes all */
     STORE(pte[p], w);
     return;
   }
   if (pfn == SY_NO_FRAME) {
-    struct uffdio_writeprotect u = {.range = {VA(p), PS}, .mode = 0};
-    STORE(pte[p], SY_PTE_NATIVE | (w & (W_KPROT | SY_PTE_MLOCKED)));
-    __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
-    SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+    long r = make_native(p, old, prot);
+    if (r >= 0) __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    else leave_reading(me), nap(1000);
+    STORE(pte[p], r < 0 ? w : SY_PTE_NATIVE | (w & (W_KPROT | SY_PTE_MLOCKED)));
     return wake(p, 1);
   }
+  uint64_t n = 1;
+  while (n < 1ull << got && attr[p + n] == a && lock_as(p + n, w + (n << SY_PTE_PFN_SHIFT))) n++;
   uint32_t nd = node_of(pfn);
-  int prot = kprot(a);
-  long r = SYS(__NR_pread64, fd_ram[od], unpacked[me], PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)PS &&
-           SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)PS ? map_frames(p, pfn, 1, prot) : -EIO;
+  if (n < 1ull << got) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (uint32_t)n, (1ull << got) - n, 0, 0, 1);
+  long r = node_of(old + (uint32_t)n - 1) == od && SYS(__NR_pread64, fd_ram[od], unpacked[me], n * PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)(n * PS) &&
+           SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], n * PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)(n * PS) ? map_frames(p, pfn, n, prot) : -EIO;
   if (r < 0) { /* too many mappings: again */
-    post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, 1, 0, 0, 1);
+    post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
     STORE(ctl->in_hand[me], SY_NO_FRAME);
-    STORE(pte[p], w);
+    shared_again(p, n, w);
     leave_reading(me), nap(1000);
-    return wake(p, 1);
+    return wake(p, n);
   }
-  post(SY_MSG_PAGE_COW, p, pfn, 1, 0, old, 0);
-  STORE(pte[p], ((word_t)pfn << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED));
+  post(SY_MSG_PAGE_COW, p, pfn, n, 0, old, 0);
+  for (uint64_t i = 0; i < n; i++) STORE(pte[p + i], ((word_t)(pfn + i) << SY_PTE_PFN_SHIFT) | SY_PTE_PRESENT | (prot != RW ? W_KPROT : 0) | (w & SY_PTE_MLOCKED));
   STORE(ctl->in_hand[me], SY_NO_FRAME);
-  __atomic_fetch_add(&ctl->pages_mapped, 1, __ATOMIC_RELAXED);
-  wake(p, 1);
+  __atomic_fetch_add(&ctl->pages_mapped, n, __ATOMIC_RELAXED);
+  wake(p, n);
+}
+
+/* A read of a FORKED page whose entry is gone: protecting a huge mapping has dropped it. The pages around it become private mappings: an entry
+ * that we give back cannot be protected from its first instant on before Linux 6.4. Fault thread. */
+static void map_shared_again(int me, uint64_t p) {
+  word_t w = LOAD(pte[p]) & ~(word_t)SY_PTE_CONTENDED;
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SHARED_RO || !lock_as(p, w)) return wake(p, 1);
+  uint8_t a = attr[p], raced[PIECE];
+  uint64_t first = p & ~(uint64_t)(PIECE - 1), lo = p, hi = p + 1;
+  while (lo > first && attr[lo - 1] == a && lock_as(lo - 1, w - ((p - lo + 1) << SY_PTE_PFN_SHIFT))) lo--;
+  while (hi < first + PIECE && attr[hi] == a && lock_as(hi, w + ((hi - p) << SY_PTE_PFN_SHIFT))) hi++;
+  word_t base = (w - ((p - lo) << SY_PTE_PFN_SHIFT)), private = base & ~(word_t)SY_PTE_FORKED;
+  uint32_t pfn = (uint32_t)(base >> SY_PTE_PFN_SHIFT);
+  if (share_some(lo, pfn, hi - lo, kprot(a), raced) < 0) {
+    shared_again(lo, hi - lo, base);
+    leave_reading(me), nap(1000);
+    return wake(lo, hi - lo);
+  }
+  for (uint64_t i = 0; i < hi - lo; i++) {
+    if (raced[i]) post(SY_MSG_PAGE_FREED, lo + i, pfn + (uint32_t)i, 1, 0, 0, 0), __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    STORE(pte[lo + i], raced[i] ? SY_PTE_NATIVE | (w & (W_KPROT | SY_PTE_MLOCKED)) : private + (i << SY_PTE_PFN_SHIFT));
+  }
+  wake(lo, hi - lo);
+}
+/* If the pages of a chunk are one block again, one mapping makes them so for the kernel, too: a huge one. Command thread, under mm_lock. */
+static void mend_block(uint64_t p) {
+  static word_t was[SY_CHUNK_PAGES];
+  uint64_t b = p & ~(uint64_t)(SY_CHUNK_PAGES - 1), k = 0;
+  word_t w = LOAD(pte[b]) & ~(word_t)SY_PTE_CONTENDED;
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (w >> SY_PTE_PFN_SHIFT) % SY_CHUNK_PAGES || advice[b / SY_CHUNK_PAGES] & SY_ADVICE_SMALL) return;
+  for (uint64_t i = 0; i < SY_CHUNK_PAGES; i++)
+    if (attr[b + i] != attr[b] || LOAD(pte[b + i]) != w + (i << SY_PTE_PFN_SHIFT)) return;
+  for (; k < SY_CHUNK_PAGES && lock_as(b + k, w + (k << SY_PTE_PFN_SHIFT)); k++) was[k] = w + (k << SY_PTE_PFN_SHIFT);
+  if (k == SY_CHUNK_PAGES) map_frames(b, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, kprot(attr[b])); /* (refused: as it was) */
+  not_moved(b, k, was);
+}
+/* SY_CMD_OWN; command thread, under mm_lock. */
+static long own_pages(uint64_t p, uint64_t n, uint32_t pfn, uint64_t forks) {
+  static word_t was[SY_CHUNK_PAGES];
+  long pages = 0;
+  if (p >= SY_ARENA_PAGES || n > SY_CHUNK_PAGES || n > SY_ARENA_PAGES - p) return 0;
+  if (forks != ctl->forks) return -EAGAIN;
+  for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
+    uint8_t a = attr[p + i];
+    for (k = 0; i + k < n && attr[p + i + k] == a && (LOAD(pte[p + i + k]) & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && LOAD(pte[p + i + k]) >> SY_PTE_PFN_SHIFT == pfn + i + k; k++) {
+      was[k] = LOAD(pte[p + i + k]) & ~(word_t)SY_PTE_CONTENDED;
+      if (!lock_as(p + i + k, was[k])) break;
+    }
+    if (!k) continue;
+    long r = map_frames(p + i, pfn + (uint32_t)i, k, kprot(a));
+    if (r >= 0) {
+      for (uint64_t j = 0; j < k; j++) was[j] = (was[j] & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_FORKED | W_KPROT)) | SY_PTE_PRESENT | (kprot(a) != RW ? W_KPROT : 0);
+      __atomic_fetch_add(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+      pages += (long)k;
+    }
+    not_moved(p + i, k, was);
+    if (r < 0) return r;
+  }
+  if (pages && pages < SY_CHUNK_PAGES) mend_block(p);
+  return pages;
 }

@@ -102,6 +102,18 @@ static long private_request(void *arg) {
   return 0;
 }
 
+/* A shared page, whose word is locked, becomes the program's own copy, in the kernel's memory. 0 or -errno: nothing has changed. */
+static long make_native(uint64_t p, uint32_t pfn, int prot) {
+  uint32_t nd = node_of(pfn);
+  long at = sys_mmap(0, PS, RW, ANON, -1, 0);
+  if (at < 0 && at > -4096) return at;
+  long r = SYS(__NR_pread64, fd_ram[nd], at, PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)PS ? 0 : -EIO;
+  if (!r && prot != RW) r = SYS(__NR_mprotect, at, PS, prot, 0, 0);
+  if (!r) r = SYS(__NR_mremap, at, PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
+  if (r < 0 && r > -4096) return SYS(__NR_munmap, at, PS, 0, 0, 0), r;
+  return 0;
+}
+
 /* Takes the content of [p, p + n) away: frames go back to the gateway, the next touch finds zero. The kernel's mapping is emptied
  * but goes on naming the old offset; it is registered, so any touch comes to us, and the word alone says what happens.
  * new_prot: -1, or the kernel has another mapping there already, of that protection, and only the words are left. */
@@ -128,11 +140,11 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
       word_t x = LOAD(pte[i + k]);
       if ((int)(x & SY_PTE_STATE_MASK) != st) break;
       if (st != SY_PTE_NATIVE && (x >> SY_PTE_PFN_SHIFT) != (w >> SY_PTE_PFN_SHIFT) + k) break;
-      if ((x ^ w) & (W_KPROT | (st == SY_PTE_SWAPPED ? SY_PTE_HASFRAME : 0))) break;
+      if ((x ^ w) & (W_KPROT | SY_PTE_FORKED | (st == SY_PTE_SWAPPED ? SY_PTE_HASFRAME : 0))) break;
       if (!CAS(pte[i + k], &x, locked(x))) break;
       k++;
     }
-    if (st == SY_PTE_NATIVE || st == SY_PTE_SHARED_RO) {
+    if (st == SY_PTE_NATIVE || (st == SY_PTE_SHARED_RO && !(w & SY_PTE_FORKED))) {
       uint64_t still = 0;
       memset(found, 0, k);
       if (!mapped_over) {
@@ -162,7 +174,7 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
       /* EINVAL: the program locked it (mlockall of its own) */
       if (!mapped_over && SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0) == -EINVAL) SYS(__NR_madvise, VA(i), k * PS, 24 /* MADV_DONTNEED_LOCKED */, 0, 0);
       for (uint64_t j = 0; j < k; j++) word_unlock(i + j, SY_PTE_NONE | (mapped_over ? 0 : SY_PTE_STALE));
-      __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
+      if (st == SY_PTE_PRESENT) __atomic_fetch_sub(&ctl->pages_mapped, k, __ATOMIC_RELAXED);
       post(SY_MSG_PAGE_FREED, i, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, 0, 0, 0);
     }
     i += k;
@@ -710,11 +722,11 @@ static long move_request(void *arg) {
     }
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
     if (st == SY_PTE_SHARED_RO) { /* shared no longer */
-      private_request((uint64_t[]){i, 1});
-      if (m->prot != RW) SYS(__NR_mprotect, VA(i), PS, m->prot, 0, 0);
+      long r = make_native(i, pfn, m->prot);
+      if (r < 0) return word_unlock(i, w), m->done = i - m->p, r;
       post(SY_MSG_PAGE_FREED, i, pfn, 1, 0, 0, 0);
       __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
-      st = SY_PTE_NATIVE, w = (w & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) | SY_PTE_NATIVE;
+      st = SY_PTE_NATIVE, w = (w & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_HASFRAME | SY_PTE_FORKED)) | SY_PTE_NATIVE;
     }
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
       word_t x = LOAD(pte[i + k]);

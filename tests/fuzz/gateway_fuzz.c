@@ -577,7 +577,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
   MUST(fd >= 0 && !ftruncate(fd, 1), "memfd");
-  honest = new_as(G, 1, fd, 0, 0, &(int){0});
+  honest = new_as(G, 1, fd, 0, 0, NULL, &(int){0});
   MUST(honest, "the honest client is refused");
   honest_pfn = honest->mag->ring[4].slot[honest->ctl->mag_head[4]++];
   honest->chunks[HONEST_VPAGE / SY_CHUNK_PAGES] = 1, honest->chunks[HONEST_VPAGE / SY_CHUNK_PAGES + 1] = 1;

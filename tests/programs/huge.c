@@ -1,5 +1,6 @@
 /* argv: MiB, what [, "reads"]. Memory of which every page is touched, in no order; two threads count in it until a line comes in, and no count may be lost. what: "plain";
- * "small": MADV_NOHUGEPAGE; "advised": MADV_HUGEPAGE; "never": prctl(PR_SET_THP_DISABLE); "sparse": one page of eight only. With "reads" one
+ * "small": MADV_NOHUGEPAGE; "advised": MADV_HUGEPAGE; "never": prctl(PR_SET_THP_DISABLE); "sparse": one page of eight only; "forks": when a line has come
+ * some children look at it and write there, one after the other, before the threads begin. With "reads" one
  * thread reads at random, instead, and says how long that took, for each line that comes in. Prints where the memory is, once it is there. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -9,7 +10,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #define PS 4096ul
 #define HUGE (512 * PS)
@@ -59,14 +62,24 @@ int main(int argc, char **argv) {
     }
     return 0;
   }
+  uint64_t sum[2] = {0}, wrong = 0;
+  for (int i = 0, st; i < 4 && !strcmp(what, "forks"); i++) {
+    if (!i) getchar();
+    pid_t p = fork();
+    if (!p) {
+      for (size_t k = 0; k < pages; k++) wrong += *page(k) != k + 1, page(k)[3] = 7, wrong += *page(k) != k + 1;
+      _exit(wrong != 0);
+    }
+    wrong += p < 0 || waitpid(p, &st, 0) != p || st;
+    if (i == 3) puts("forked"), fflush(stdout);
+  }
   pthread_t t[2];
   for (uint64_t i = 0; i < 2; i++) pthread_create(&t[i], 0, count, (void *)i);
   getchar();
   over = 1;
-  uint64_t sum[2] = {0}, wrong = 0;
   for (int i = 0; i < 2; i++) pthread_join(t[i], 0);
   for (size_t i = 0; i < pages; i++) {
-    wrong += *page(i) != i + 1, sum[0] += page(i)[1], sum[1] += page(i)[2];
+    wrong += *page(i) != i + 1 || page(i)[3], sum[0] += page(i)[1], sum[1] += page(i)[2];
     for (size_t k = 1; k < step; k++)
       for (size_t j = 0; j < PS / 8; j += 64) wrong += page(i)[k * PS / 8 + j] != 0;
   }
