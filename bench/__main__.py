@@ -304,6 +304,27 @@ def thp(b: Bench) -> list[Row]:
         ]
 
 
+def fork(b: Bench) -> list[Row]:
+    """fork of 512 MiB by the order of its blocks, beside native 4 KiB pages; what the child's reads and writes cost afterwards."""
+    mib, program = "512", b.run_dir.parent / "fork"
+    subprocess.run(["gcc", "-O2", "-o", program, HERE / "programs" / "fork.c", "-lpthread"], check=True)
+    ctl = [str(SYLVIE.with_name("supervisorctl")), "-c", str(b.run_dir / "supervisord.conf")]
+    rows = []
+    subprocess.run([*ctl, "stop", "thp"], check=True, capture_output=True)  # it would make blocks of all
+    try:
+        for order, kib, threads, bound in ((9, "2 MiB blocks", 0, "<= 2.5"), (9, "2 MiB blocks, three threads beside", 3, "<= 2.5"), (4, "64 KiB blocks", 0, ""), (0, "single pages", 0, "")):
+            control(b.run_dir, {"t": "fault_order", "asid": 0, "order": order, "max_order": order})
+            n = "9" if order else "3"
+            found = b.compare(f"fork, {kib}", [program, mib, n, str(threads), "blocks" if order == 9 else "pages"], 3, [program, mib, n, str(threads), "pages"])
+            rows.append(row(f"fork of {mib} MiB in {kib}", "ms", found["fork"], bound))
+            if order == 9 and not threads:
+                rows += [row("… its child reads all of it", "µs/page", found["reads"]), row("… and writes one page of eight", "µs/page", found["writes"])]
+    finally:
+        control(b.run_dir, {"t": "fault_order", "asid": 0, "order": 4, "max_order": 9})
+        subprocess.run([*ctl, "start", "thp"], check=True, capture_output=True)
+    return rows
+
+
 KSM = Path("/sys/kernel/mm/ksm")
 
 
@@ -383,6 +404,7 @@ SUITES: dict[str, Callable[[Bench], list[Row]]] = {
     "redis": redis,
     "bus": bus,
     "thp": thp,
+    "fork": fork,
     "ksm": ksm,
 }
 

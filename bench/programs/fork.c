@@ -1,5 +1,5 @@
-/* fork of a program with so much memory in use: argv: MiB, forks, threads (that wait). Prints for the median fork: milliseconds that it takes; microseconds a page
- * that its child then reads, and that it writes. Natively with 4 KiB pages. */
+/* fork of a program with so much memory in use: argv: MiB, forks, threads (that wait), "blocks" or "pages": MADV_HUGEPAGE or MADV_NOHUGEPAGE. Prints medians: milliseconds
+ * that fork takes; microseconds a page that its child then reads, and that it writes. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,13 +23,13 @@ static void *wait_for_ever(void *x) {
   return x;
 }
 int main(int argc, char **argv) {
-  if (argc < 4) return 2;
+  if (argc < 5) return 2;
   size_t n = (size_t)atol(argv[1]) << 20;
   int forks = atoi(argv[2]), wrong = 0;
   double took[MOST], reads[MOST], writes[MOST];
   char *m = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (m == MAP_FAILED || forks > MOST) return perror("mmap"), 1;
-  madvise(m, n, MADV_NOHUGEPAGE + (argc > 4 ? -1 : 0));
+  madvise(m, n, *argv[4] == 'b' ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   memset(m, 1, n);
   pthread_t t;
   for (int i = atoi(argv[3]); i--;) pthread_create(&t, NULL, wait_for_ever, NULL);
@@ -56,7 +56,7 @@ int main(int argc, char **argv) {
     usleep(200000);
     for (size_t k = 0; k < n; k += PS) wrong += m[k] != 1;
   }
-  printf("fork %.3f reads %.3f writes %.3f\n", median(took, forks), median(reads, forks), median(writes, forks));
+  printf("fork %.3f\nreads %.3f\nwrites %.3f\n", median(took, forks), median(reads, forks), median(writes, forks));
   if (wrong) fprintf(stderr, "%d wrong\n", wrong);
   return wrong != 0;
 }

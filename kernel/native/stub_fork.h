@@ -8,9 +8,10 @@
  * by itself; it lives on with that, and joins the enclave anew once it has mapped ATTACH_AFTER_FORK bytes (a child that is about to exec never does).
  * docs/decisions/0002 says why. */
 
-/* Kernel entries of frame mappings protected (on) or free again (off), run by run. */
+/* Kernel entries of frame mappings protected (on) or free again (off), run by run. 0, or -errno: not all of them. */
 static long protect_request(void *arg) {
   int on = *(int *)arg;
+  long r = 0;
   for (uint64_t i = 0, end = SY_ARENA_PAGES; i < end;) {
     if (i >= brk_hi && i < SY_BRK_PAGES) i = SY_BRK_PAGES;
     if (i >= mmap_hi) break;
@@ -21,14 +22,15 @@ static long protect_request(void *arg) {
     uint64_t k = 0;
     while ((i + k) < end && present(i + k)) k++;
     if (k) {
-      if (on) uffd_register(i, k, UFFD_FRAME | UFFDIO_REGISTER_MODE_WP);
+      long e = on ? uffd_register(i, k, UFFD_FRAME | UFFDIO_REGISTER_MODE_WP) : 0;
       struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
-      SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+      if (!e) e = SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+      if (e) r = e;
     }
     i += k ? k : 1;
   }
   if (!on) wake(0, SY_ARENA_PAGES);
-  return 0;
+  return r;
 }
 
 static int is_shared(word_t w) { return (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO; }
@@ -318,7 +320,7 @@ static long fork_on_stack(struct fork_args *f) {
     by_command_thread(protect_request, &off);
     return -ENOMEM;
   }
-  if (f->shares || !is_single_threaded()) by_command_thread(protect_request, &on);
+  if ((f->shares || !is_single_threaded()) && by_command_thread(protect_request, &on)) f->shares = 0; /* (too many mappings) */
   pid = do_clone(f);
   if (pid == 0) return 0; /* the child */
   if (pid > 0) {

@@ -19,7 +19,11 @@ static uint64_t seed;
 static int report[2];
 static uint32_t rnd(uint32_t n) { return (uint32_t)((seed = seed * 6364136223846793005ull + 1442695040888963407ull) >> 33) % n; }
 static volatile uint32_t *word(uint32_t i) { return (volatile uint32_t *)(void *)(piece[i / PIECE] + i % PIECE * PS + i * 52 % 4000 / 4 * 4); }
-static void look(uint32_t i) { wrong += *word(i) != expect[i]; }
+static void look(uint32_t i) {
+  uint32_t is = *word(i);
+  if (is == expect[i]) return;
+  if (!wrong++) fprintf(stderr, "%d: page %u at %p is %u, not %u, and then %u\n", getpid(), i, (void *)(uintptr_t)word(i), is, expect[i], *word(i));
+}
 static void put(uint32_t i) {
   if (!readonly[i / PIECE]) *word(i) = expect[i] = rnd(1u << 30) + 1;
 }
