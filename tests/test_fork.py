@@ -181,6 +181,18 @@ def test_one_is_killed(enclave: Enclave, who: str) -> None:
         p.wait(10)
 
 
+def test_child_with_pages_from_the_store_is_released(enclave: Enclave, compiled: Compiled) -> None:
+    """What was in the store at the fork is the kernel's in the child; while that turns native as a whole it goes on writing there."""
+    for _ in range(2):
+        before = enclave.status()["counters"]["released"]
+        p = enclave.popen([compiled("rare"), "released_child"])
+        assert p.stdout
+        enclave.cli("release", p.stdout.readline().strip())
+        assert p.stdout.read() == "0 pages have lost counts\n"
+        assert p.wait(20) == 0
+        assert enclave.status()["counters"]["released"] == before + 1
+
+
 def test_killed_at_any_moment(enclave: Enclave) -> None:
     """Parents and children killed in the middle of fork, join and copy."""
     forks = "import os\nb = bytearray(b'x') * (24 << 20)\nprint('there', flush=True)\nwhile True:\n    pid = os.fork()\n    if pid == 0:\n        b[::8192] = b'y' * (len(b) // 8192)\n        os._exit(0 if b.count(b'y') == len(b) // 8192 else 1)\n    assert os.waitpid(pid, 0)[1] in (0, 9)\n    assert b.count(b'x') == len(b)\n"

@@ -124,6 +124,7 @@ struct as {
   uint32_t *suspect;      /* frames (pfn, barrier pairs) found unnamed in the first pass */
   uint64_t suspects;
   int resync_pass, resync_again;
+  uint64_t resync_head;   /* what was in its channel at the first pass is handled before the second */
 };
 
 /* A command to a stub, and the system call (listener != NULL) that waits for it. There is no time-out: only a stopped program leaves a
@@ -154,8 +155,8 @@ struct wish { uint32_t asid, vpage, n; };
 /* Pages that are to go to other frames; from: NONE for a COLLAPSE, of which `most` pages may be untouched. */
 struct move { uint32_t asid, vpage, n, to, from, most, share; }; /* share: a MERGE */
 
-/* A page that is in a SHARED frame. pending: its stub has not answered yet. */
-struct holder { uint32_t asid, vpage, next, pending; };
+/* A page that is in a SHARED frame. pending: its stub has not answered yet; missed: see resync_shared. */
+struct holder { uint32_t asid, vpage, next; uint16_t pending, missed; };
 #define MOVE_RING 1024u
 #define MOVING_MOST (8u * SY_CHUNK_PAGES) /* pages of one address space that may be on the way, … */
 #define MOVES_AT_ONCE 128u                /* … and in how many moves: the program's own memory calls wait their turn meanwhile */
@@ -726,7 +727,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     map_frames(g, a, m.pfn, m.npages, m.vpage);
     break;
   case SY_MSG_PAGE_FREED:
-    if (!may_let_go(g, a, m.pfn, m.npages, m.vpage, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) return bad(g, a);
+    if (!may_let_go(g, a, m.pfn, m.npages, m.vpage, IS(SY_FRAME_GRANTED) | IS(SY_FRAME_MAPPED))) return a->resync_at_ns ? (void)0 : bad(g, a);
     let_go(g, a, m.pfn, m.npages, m.vpage);
     return;
   case SY_MSG_PAGE_SHARED:
@@ -832,6 +833,9 @@ static void resync(struct sy_gateway *g, struct as *a) {
     free(a->suspect);
     a->suspect = lost, a->suspects = n;
     a->resync_pass = 1, a->resync_at_ns = now_ns() + 100000000ull;
+    uint64_t head = __atomic_load_n(&a->chan->head, __ATOMIC_ACQUIRE); /* (or what it says that it is) */
+    a->resync_head = head - a->tail > SY_CHANNEL_SLOTS ? a->tail : head;
+    resync_shared(g, a, 0);
   } else {
     for (uint64_t i = 0; i < a->suspects; i += 2) {
       uint32_t f = a->suspect[i], n = 1;
@@ -845,7 +849,7 @@ static void resync(struct sy_gateway *g, struct as *a) {
       event_frames(g, SY_MSG_PAGE_FREED, a->asid, f, n, 0);
     }
     resync_slots(g, a);
-    resync_shared(g, a);
+    resync_shared(g, a, 1);
     count(g, SY_CNT_RESYNCS, 1);
     free(a->suspect);
     a->suspect = NULL, a->suspects = 0, a->resync_pass = 0;
@@ -881,7 +885,8 @@ static int drain_all(struct sy_gateway *g) {
   pthread_mutex_lock(&g->lock);
   for (uint32_t i = 0; i < g->nas; i++) {
     n += drain_as(g, g->as[i], 1024);
-    if (g->as[i]->resync_at_ns && now_ns() > g->as[i]->resync_at_ns) resync(g, g->as[i]);
+    struct as *a = g->as[i];
+    if (a->resync_at_ns && now_ns() > a->resync_at_ns && (!a->resync_pass || (int64_t)(a->tail - a->resync_head) >= 0)) resync(g, a);
   }
   pthread_mutex_unlock(&g->lock);
   return n;

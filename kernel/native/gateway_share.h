@@ -16,7 +16,7 @@ static int add_holder(struct sy_gateway *g, struct as *a, uint32_t pfn, uint64_t
   }
   uint32_t h = g->holder_free;
   g->holder_free = g->holder[h].next;
-  g->holder[h] = (struct holder){a->asid, (uint32_t)vpage, g->share_head[pfn], pending};
+  g->holder[h] = (struct holder){a->asid, (uint32_t)vpage, g->share_head[pfn], (uint16_t)pending, 0};
   g->share_head[pfn] = h, g->frames[pfn].refcount++, a->shared++;
   return 0;
 }
@@ -78,7 +78,9 @@ static int may_let_go(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_t
   if (!n || pfn >= g->nframes || n > g->nframes - pfn) return 0;
   for (uint32_t i = 0; i < n; i++) {
     const struct sy_frame *f = &g->frames[pfn + i];
-    if (!shares(g, a, pfn + i, vpage + i) && !(f->asid == a->asid && states >> f->state & 1)) return 0;
+    /* (where it is as it says: what messages were lost before may be about an earlier use of the frame) */
+    int own = f->asid == a->asid && states >> f->state & 1 && (f->state == SY_FRAME_MAPPED ? f->vpage == vpage + i : vpage == SY_ARENA_PAGES);
+    if (!own && !shares(g, a, pfn + i, vpage + i)) return 0;
   }
   return 1;
 }
@@ -155,16 +157,18 @@ static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t 
     else g->holder[*at].pending = 0;
   }
 }
-/* What the page table of an address space that has lost messages says of its shared pages. */
-static void resync_shared(struct sy_gateway *g, struct as *a) {
+/* What the page table of an address space that has lost messages says of its shared pages: those that are not where they were at two looks, between which it was
+ * heard, have gone. (At one look what it says of that may be still to come, and would mean another use of the frame.) */
+static void resync_shared(struct sy_gateway *g, struct as *a, int look) {
   struct sy_msg t = {0};
   for (uint32_t f = 0; a->shared && f < g->nframes; f++) {
     if (g->frames[f].state != SY_FRAME_SHARED) continue;
     for (uint32_t *at = &g->share_head[f]; *at != NONE;) {
-      const struct holder *h = &g->holder[*at];
+      struct holder *h = &g->holder[*at];
       uint64_t w = __atomic_load_n(&a->pte[h->vpage % SY_ARENA_PAGES], __ATOMIC_ACQUIRE);
       int st = w & SY_PTE_STATE_MASK, has = (st == SY_PTE_SHARED_RO || st == SY_PTE_LOCKED) && w >> SY_PTE_PFN_SHIFT == f;
-      if (h->asid != a->asid || h->pending || has) {
+      if (h->asid != a->asid || h->pending || has || !look || !h->missed) {
+        if (h->asid == a->asid) h->missed = !h->pending && !has;
         at = &g->holder[*at].next;
         continue;
       }

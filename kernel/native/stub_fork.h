@@ -83,6 +83,10 @@ static long copy_frames(char *to, uint64_t p, uint64_t n) {
   return 0;
 }
 
+static void advise_forks(uint64_t p, uint64_t n, uint8_t a) {
+  if (a & A_WIPEONFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_WIPEONFORK, 0, 0);
+  if (a & A_DONTFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_DONTFORK, 0, 0);
+}
 /* Makes [p, p + n), mapped alike, native memory with the same content, in one step for whoever touches it. */
 static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (a & A_FOREIGN) return 0;
@@ -107,7 +111,7 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
       if (r < 0) return SYS(__NR_munmap, t, n * PS, 0, 0, 0), r;
     } else if (k && kind == SY_PTE_SWAPPED)
       memcpy((char *)t + (i - p) * PS, back + i * PS, k * PS);
-    else if (k) {
+    else if (k && !releasing) {
       if (odd && !(A_PROT(a) & PROT_READ)) SYS(__NR_mprotect, VA(i), k * PS, PROT_READ, 0, 0);
       memcpy((char *)t + (i - p) * PS, (void *)VA(i), k * PS);
     }
@@ -116,19 +120,23 @@ static long settle_run(uint64_t p, uint64_t n, uint8_t a) {
   if (A_PROT(a) != RW) SYS(__NR_mprotect, t, n * PS, A_PROT(a), 0, 0);
   long r = SYS(__NR_mremap, t, n * PS, n * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
   if (r < 0) return SYS(__NR_munmap, t, n * PS, 0, 0, 0), r;
-  if (a & A_WIPEONFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_WIPEONFORK, 0, 0);
-  if (a & A_DONTFORK) SYS(__NR_madvise, VA(p), n * PS, MADV_DONTFORK, 0, 0);
+  advise_forks(p, n, a);
   if (releasing) now_native(p, n);
   return 0;
 }
 /* Makes [lo, hi) of the arena the caller's own, page for page; then what is unmapped becomes really unmapped, up to top. In two steps:
  * should the first fail, for want of memory, what is free is still ours to map. */
+static int stays_native(uint64_t p) { /* released: it is the kernel's own already, and its writers do not wait */
+  return releasing && LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_NATIVE;
+}
 static long settle_region(uint64_t lo, uint64_t hi) {
   for (uint64_t i = lo; i < hi;) {
     uint64_t k = 1;
-    while (i + k < hi && attr[i + k] == attr[i]) k++;
+    int stays = attr[i] && stays_native(i);
+    while (i + k < hi && attr[i + k] == attr[i] && (attr[i] && stays_native(i + k)) == stays) k++;
     if (attr[i] == A_KEPT) memset(attr + i, 0, k); /* unmapped, for the program */
-    long r = is_native(i) || !attr[i] ? 0 : settle_run(i, k, attr[i]);
+    if (stays) advise_forks(i, k, attr[i]);
+    long r = stays || is_native(i) || !attr[i] ? 0 : settle_run(i, k, attr[i]);
     if (r < 0) return r;
     i += k;
   }

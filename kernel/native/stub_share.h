@@ -100,9 +100,10 @@ static void shared_again(uint64_t p, uint64_t n, word_t w) {
 /* How many pages one write copies: more for who writes upwards, who has as many of his own before p (as read_ahead). */
 static int copy_order(uint64_t p, word_t w) {
   int order = 0;
+  uint32_t old = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
   for (; order < READ_AHEAD_ORDER; order++) {
     uint64_t n = 2ull << order;
-    if (p % n || p < n || !present(p - 1) || !present(p - n)) break;
+    if (p % n || p < n || !present(p - 1) || !present(p - n) || node_of(old + (uint32_t)n - 1) != node_of(old)) break;
     for (uint64_t i = n / 2; i < n; i++)
       if (attr[p + i] != attr[p] || LOAD(pte[p + i]) != w + (i << SY_PTE_PFN_SHIFT)) return order;
   }
@@ -132,7 +133,7 @@ static void copy_on_write(int me, uint64_t p) {
   while (n < 1ull << got && attr[p + n] == a && lock_as(p + n, w + (n << SY_PTE_PFN_SHIFT))) n++;
   uint32_t nd = node_of(pfn);
   if (n < 1ull << got) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (uint32_t)n, (1ull << got) - n, 0, 0, 1);
-  long r = node_of(old + (uint32_t)n - 1) == od && SYS(__NR_pread64, fd_ram[od], unpacked[me], n * PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)(n * PS) &&
+  long r = SYS(__NR_pread64, fd_ram[od], unpacked[me], n * PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)(n * PS) &&
            SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], n * PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)(n * PS) ? map_frames(p, pfn, n, prot) : -EIO;
   if (r < 0) { /* too many mappings: again */
     post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
@@ -154,9 +155,10 @@ static void map_shared_again(int me, uint64_t p) {
   word_t w = LOAD(pte[p]) & ~(word_t)SY_PTE_CONTENDED;
   if ((w & SY_PTE_STATE_MASK) != SY_PTE_SHARED_RO || !lock_as(p, w)) return wake(p, 1);
   uint8_t a = attr[p], raced[PIECE];
-  uint64_t first = p & ~(uint64_t)(PIECE - 1), lo = p, hi = p + 1;
-  while (lo > first && attr[lo - 1] == a && lock_as(lo - 1, w - ((p - lo + 1) << SY_PTE_PFN_SHIFT))) lo--;
-  while (hi < first + PIECE && attr[hi] == a && lock_as(hi, w + ((hi - p) << SY_PTE_PFN_SHIFT))) hi++;
+  uint64_t first = p & ~(uint64_t)(PIECE - 1), lo = p, hi = p + 1, here = w >> SY_PTE_PFN_SHIFT;
+  uint32_t nd = node_of((uint32_t)here);
+  while (lo > first && here - (p - lo) > node[nd].base && attr[lo - 1] == a && lock_as(lo - 1, w - ((p - lo + 1) << SY_PTE_PFN_SHIFT))) lo--;
+  while (hi < first + PIECE && here + (hi - p) < node[nd].base + node[nd].frames && attr[hi] == a && lock_as(hi, w + ((hi - p) << SY_PTE_PFN_SHIFT))) hi++;
   word_t base = (w - ((p - lo) << SY_PTE_PFN_SHIFT)), private = base & ~(word_t)SY_PTE_FORKED;
   uint32_t pfn = (uint32_t)(base >> SY_PTE_PFN_SHIFT);
   if (share_some(lo, pfn, hi - lo, kprot(a), raced) < 0) {
