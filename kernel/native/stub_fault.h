@@ -93,9 +93,11 @@ static void follow(int me, uint32_t tid, uint32_t served) {
   else run_on(me, cpu);
 }
 
-/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native; INTERRUPTED: a fork or a
- * release has begun, which waits for us, under the lock that eviction needs: leave the fault. */
+/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native; INTERRUPTED: leave the fault,
+ * which comes again: who waits for its words, or for the end of it (a fork, a release), does so under the lock that eviction needs, and what waits
+ * for us both may need no frame. */
 #define INTERRUPTED 1
+static int interrupted[SY_SERVICE_THREADS];
 static int refill(int me, int order, uint64_t p) {
   uint32_t seq = LOAD(mag->refill_seq);
   struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
@@ -112,8 +114,8 @@ static int refill(int me, int order, uint64_t p) {
     nap(200);
   }
   futex_wait((void *)&mag->refill_seq, seq, SOON, 1);
-  while (LOAD(mag->refill_seq) == seq) {
-    if (__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return INTERRUPTED;
+  for (int waits = 0; LOAD(mag->refill_seq) == seq; waits++) {
+    if (waits || __atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return interrupted[me] = INTERRUPTED;
     leave_reading(me);
     futex_wait((void *)&mag->refill_seq, seq, 10, 1);
     char b;
@@ -209,10 +211,7 @@ static void first_touch(int me, uint64_t p, int write) {
       if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
     if (o >= 0) break;
     int r = refill(me, order, p);
-    if (r == INTERRUPTED) {
-      lock_back(b, n); /* (its end wakes everybody) */
-      return;
-    }
+    if (r == INTERRUPTED) return lock_back(b, n);
     if (r) {
       /* Nothing from the gateway: a bigger block than wanted serves too, the rest goes back. */
       for (o = order + 1; o <= SY_HUGE_ORDER; o++)
@@ -357,6 +356,10 @@ static void fault_thread(long me) {
         else fault((int)me, f.arg.pagefault.address, f.arg.pagefault.flags);
       }
       __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);
+      if (!interrupted[me]) continue;
+      interrupted[me] = 0;
+      nap(500); /* longer than those who wait for a word sleep */
+      wake(PAGE(f.arg.pagefault.address) & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES); /* (no block is larger) */
     }
   }
 }

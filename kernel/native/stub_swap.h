@@ -94,7 +94,7 @@ static uint32_t ready_frames(int me, int order, int *got) {
   }
   return SY_NO_FRAME;
 }
-/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more, or the wait was INTERRUPTED. */
+/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more, or the wait was INTERRUPTED, also for want of any. */
 static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
     uint32_t pfn = ready_frames(me, order, got);
@@ -103,7 +103,7 @@ static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
     if (r == INTERRUPTED) return SY_NO_FRAME;
     if (!r) continue;
     if (order) order = 0;
-    else leave_reading(me), nap(1000);
+    else return leave_reading(me), nap(1000), interrupted[me] = INTERRUPTED, SY_NO_FRAME;
   }
 }
 /* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
