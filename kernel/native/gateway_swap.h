@@ -152,15 +152,20 @@ static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t 
 struct going { uint32_t asid, pfn, vpage, at, barrier; uint64_t word; int gone, packed; struct packing k; };
 #define AT_ONCE 32 /* pages: between them others get the lock */
 
+/* Is it this run still that tells the frame to leave? If not it was freed, may have come back, even to that page, and been told anew: what is written now
+ * might be old by then. (It is when the page was moved, by mremap.) */
+static int told(const struct sy_gateway *g, const struct going *p) {
+  const struct sy_frame *f = &g->frames[p->pfn];
+  return f->asid == p->asid && f->state == SY_FRAME_MAPPED && f->flags & SY_FF_SWAPPING && f->run == p->at;
+}
 /* Is it to be written still? It has a slot then. 0: it is not, or has gone by itself (under lock). */
 static int to_store(struct sy_gateway *g, struct going *p) {
   struct as *a = find_as(g, p->asid);
   struct sy_frame *f = &g->frames[p->pfn];
-  if (!a || f->asid != p->asid || f->state != SY_FRAME_MAPPED || f->vpage != p->vpage || !(f->flags & SY_FF_SWAPPING)) return 0;
-  if (f->run != p->at) return 0; /* it was freed, came back to that page, and is told to leave anew: what is written now might be old by then */
+  if (!a || !told(g, p)) return 0;
   uint64_t in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
   p->barrier = f->barrier, p->word = __atomic_load_n(&a->pte[p->vpage], __ATOMIC_ACQUIRE);
-  int there = (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
+  int there = f->vpage == p->vpage && (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
   uint32_t slot = there && !a->dying ? slot_take(g) : NONE;
   p->k.slot = slot, p->k.tier = 0, p->k.page = frame_mem(g, p->pfn);
   if (slot != NONE) return 1;
@@ -184,7 +189,7 @@ static int stored(struct sy_gateway *g, struct going *p) {
   }
   slot_free(g, p->k.slot);
   count(g, p->k.error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
-  if (f->barrier == p->barrier) stay(g, f);
+  if (told(g, p)) stay(g, f);
   return 0;
 }
 /* The next pages of those taken away, under lock, which is dropped for the writing. 0: there are none. */
