@@ -557,7 +557,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
     break;
   case SY_REQ_CMD_DONE: finish_commands(g, a, 0); break;
   case SY_REQ_SWAPIN: swap_in(g, a, &q); break;
-  case SY_REQ_FETCH: fetch(g, a, c->pid, &q); break;
+  case SY_REQ_FETCH: fetch(g, a, &q); break;
   case SY_REQ_RELEASED:
     a->released = 1;
     event(g, (struct sy_msg){.type = SY_MSG_MM_RELEASE, .asid = a->asid, .arg = a->release_nr});

@@ -276,21 +276,16 @@ static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request 
   pthread_mutex_unlock(&g->lock);
   answer_store(a, q->order, error);
 }
-/* The contents of all stored pages of a chunk, for a fork or a release. The slots stay. */
-static void fetch(struct sy_gateway *g, struct as *a, pid_t pid, const struct sy_request *q) {
-  uint64_t to = q->tids[2] | (uint64_t)q->tids[3] << 32;
-  uint8_t page[PS];
+/* The contents of stored pages, for a fork or a release. The slots stay. */
+static void fetch(struct sy_gateway *g, struct as *a, const struct sy_request *q) {
   int error = 0;
-  if (q->order >= SY_STORE_WAITERS || q->tids[0] > SY_CHUNK_PAGES || q->vpage > SY_ARENA_PAGES - q->tids[0]) return bad(g, a);
+  if (q->order >= SY_STORE_WAITERS || q->tids[0] > SY_FETCH_PAGES || q->vpage > SY_ARENA_PAGES - q->tids[0]) return bad(g, a);
   for (uint32_t i = 0; i < q->tids[0] && !error; i++) {
     uint64_t w = __atomic_load_n(&a->pte[q->vpage + i], __ATOMIC_ACQUIRE), s = w >> SY_PTE_PFN_SHIFT;
     if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || w & SY_PTE_HASFRAME) continue;
     pthread_mutex_lock(&g->lock); /* (page cache, not the disk, as a rule; and it is nobody else's meanwhile) */
-    error = slot_is(g, a, s) ? store_get(g, (uint32_t)s, page) : EINVAL;
+    error = slot_is(g, a, s) ? store_get(g, (uint32_t)s, a->mag->fetched + i * PS) : EINVAL;
     pthread_mutex_unlock(&g->lock);
-    struct iovec here = {page, PS}, there = {(void *)(to + i * PS), PS};
-    if (!error && syscall(SYS_pidfd_send_signal, a->pidfd, 0, NULL, 0)) error = ESRCH; /* (or the number would be somebody else's) */
-    if (!error && process_vm_writev(pid, &here, 1, &there, 1, 0) != PS) error = EFAULT;
   }
   answer_store(a, q->order, error);
 }

@@ -56,8 +56,8 @@ static long evict_for_store(uint32_t from, uint32_t to) {
 }
 
 /* Asks the gateway's store and waits. 0, or an errno; -1: there is no gateway any more. */
-static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint32_t b, uint64_t address) {
-  struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b, (uint32_t)address, (uint32_t)(address >> 32)}};
+static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint32_t b) {
+  struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b}};
   uint32_t seq = LOAD(mag->store_seq[waiter]);
   if (LOAD(gateway_dead)) return -1;
   for (long r; (r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0)) != sizeof q; nap(200))
@@ -169,7 +169,7 @@ static void store_again(uint64_t p, uint64_t n, word_t flags) {
  * before. */
 static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t pfn, int prot, word_t flags, int ours) {
   uint64_t n = 1ull << order;
-  int e = ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
+  int e = ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn);
   if (e) {
     post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
     STORE(ctl->in_hand[me], SY_NO_FRAME);
@@ -266,6 +266,14 @@ static long prefetch(uint64_t p, uint64_t n) {
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in
  * its frame is mapped again. Command thread; faults are left waiting, mm_lock is held. */
 static char *back;
+static int fetch_stored(uint64_t p) {
+  uint64_t stored = 0;
+  for (uint64_t i = 0; i < SY_FETCH_PAGES; i++) stored |= (uint64_t)((LOAD(pte[p + i]) & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED) << i;
+  if (stored && ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, p, SY_FETCH_PAGES, 0)) return -1;
+  for (uint64_t i = 0; i < SY_FETCH_PAGES; i++)
+    if (stored >> i & 1) memcpy(back + (p + i) * PS, (const char *)mag->fetched + i * PS, PS);
+  return 0;
+}
 static long bring_back(void *unused) {
   (void)unused;
   for (uint64_t c = 0; c < SY_CHUNKS; c++) {
@@ -288,7 +296,8 @@ static long bring_back(void *unused) {
       if (at < 0 && at > -4096) return at;
       back = (char *)at;
     }
-    if (ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, c * SY_CHUNK_PAGES, SY_CHUNK_PAGES, 0, (uint64_t)(uintptr_t)back + c * SY_CHUNK_PAGES * PS)) return -ENOMEM;
+    for (uint64_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p += SY_FETCH_PAGES)
+      if (fetch_stored(p)) return -ENOMEM;
   }
   return 0;
 }
