@@ -36,17 +36,21 @@ static uint64_t taken_away(const struct iovec *v, uint64_t n, long failed) {
   __atomic_fetch_add(&ctl->pages_swapped, taken, __ATOMIC_RELAXED);
   return taken;
 }
-/* Command thread, under mm_lock: runs [from, to) of mag->evict. Number of pages taken away. */
-static long evict_for_store(uint32_t from, uint32_t to) {
+/* Locks a page that is to leave. Not under mm_lock (held: 0) none that is just being locked into RAM, unmapped, kept or replaced by another mapping: who
+ * does that looks at its attr first, and then at its word. */
+static int lock_to_leave(uint64_t p, uint64_t pfn, int held) {
+  if ((LOAD(pte[p]) & SY_PTE_MLOCKED) || !lock_present(p, pfn)) return 0;
+  if (held || (!(LOAD(pte[p]) & SY_PTE_MLOCKED) && (attr[p] & (A_MAPPED | A_FOREIGN | A_KEPT)) == A_MAPPED)) return 1;
+  return (int)taken_away(&(struct iovec){(void *)VA(p), PS}, 1, -1);
+}
+/* Command thread: runs [from, to) of mag->evict. Number of pages taken away. */
+static long evict_for_store(uint32_t from, uint32_t to, int held) {
   uint64_t taken = 0, some = 0;
   for (; from != to; from++) {
     uint64_t p = mag->evict[from % SY_EVICT_RUNS].vpage, pfn = mag->evict[from % SY_EVICT_RUNS].pfn, n = mag->evict[from % SY_EVICT_RUNS].n;
     if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) continue;
     for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
-      for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]); k++) {
-        word_t x = LOAD(pte[p + i + k]);
-        if ((x & SY_PTE_MLOCKED) || !lock_present(p + i + k, pfn + i + k)) break;
-      }
+      for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]) && lock_to_leave(p + i + k, pfn + i + k, held);) k++;
       if (!k) continue;
       take_vec[some++] = (struct iovec){(void *)VA(p + i), k * PS};
       if (some == TAKE) taken += taken_away(take_vec, some, take_away(take_vec, some)), some = 0;
@@ -263,6 +267,27 @@ static long prefetch(uint64_t p, uint64_t n) {
   return back_now;
 }
 
+/* A page that still is in its frame, mapped again. 0, or -errno: it is not, or there are too many mappings. */
+static long again(uint64_t p) {
+  word_t w = LOAD(pte[p]);
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || !(w & SY_PTE_HASFRAME) || !CAS(pte[p], &w, locked(w))) return -EAGAIN; /* (the gateway was quicker: it is stored) */
+  uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
+  long r = map_frames(p, pfn, 1, kprot(attr[p]));
+  if (r < 0) return STORE(pte[p], w), wake(p, 1), r;
+  back_again(p, pfn, 1, kprot(attr[p]));
+  wake(p, 1);
+  return 0;
+}
+/* Command thread, under mm_lock: is there something at p, or is it there now, without a wait for frames? */
+static int back_now(uint64_t p) {
+  if (p >= SY_ARENA_PAGES || is_native(p) || (attr[p] & A_FOREIGN)) return 1;
+  if (!LOAD(chunks[p / SY_CHUNK_PAGES]) || !may(attr[p], 0)) return 0;
+  if (again(p)) prefetch(p, 1);
+  else post(SY_MSG_PAGE_HINT, p, (uint32_t)(LOAD(pte[p]) >> SY_PTE_PFN_SHIFT), 1, 0, 0, 0);
+  int st = LOAD(pte[p]) & SY_PTE_STATE_MASK;
+  return st == SY_PTE_PRESENT || st == SY_PTE_SHARED_RO || st == SY_PTE_NATIVE;
+}
+
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in
  * its frame is mapped again. Command thread; faults are left waiting, mm_lock is held. */
 static char *back;
@@ -280,15 +305,10 @@ static long bring_back(void *unused) {
     int some = 0;
     if (!LOAD(chunks[c])) continue;
     for (uint64_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p++) {
-      word_t w = LOAD(pte[p]);
-      if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED) continue;
-      if ((w & SY_PTE_HASFRAME) && CAS(pte[p], &w, locked(w))) { /* (else the gateway was quicker: it is stored) */
-        uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
-        long r = map_frames(p, pfn, 1, kprot(attr[p]));
-        if (r < 0) return STORE(pte[p], w), r;
-        back_again(p, pfn, 1, kprot(attr[p]));
-      } else
-        some = 1;
+      if ((LOAD(pte[p]) & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED) continue;
+      long r = again(p);
+      if (r < 0 && r != -EAGAIN) return r;
+      some |= r < 0;
     }
     if (!some) continue;
     if (!back) {

@@ -102,6 +102,13 @@ int main(int argc, char **argv) {
     printf("protected\n");
     return 0;
   }
+  if (!strcmp(argv[1], "moves_out")) {
+    volatile char *m = map(n, 0), *to = mmap(0, n, PROT_NONE, ANON | MAP_NORESERVE | MAP_STACK, -1, 0); /* (not of the enclave) */
+    number(m, n);
+    printf("moved: %d", mremap((void *)m, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) == (void *)to);
+    printf(" wrong: %lu\n", wrong(to, n, 0));
+    return 0;
+  }
   volatile char *p = map(n, MAP_POPULATE);
   printf("populated: %lu\n", wrong(p, n, 1));
   number(p, n);
