@@ -455,7 +455,7 @@ static long replace_pages(uint64_t p, uint64_t n, uint8_t a) {
 /* ---------------------------------------------------------------- the calls */
 /* What the call at hand is to fill with pages once mm_lock is free again: who waits for frames under it waits for ever, since what is to leave
  * for them leaves under it. Under mm_lock. */
-struct fill { uint64_t p, end; int advice; }; /* advice 0: as each page may be accessed; p == end: nothing */
+struct fill { uint64_t p, end; int advice; }; /* advice 0: as each page may be accessed; UNMERGEABLE: so, those that are shared; p == end: nothing */
 static struct fill fill;
 static void fill_later(uint64_t p, uint64_t n, int advice) {
   if (fill.p == fill.end) fill.p = p;
@@ -466,6 +466,7 @@ static struct fill to_fill(void) {
   fill = (struct fill){0, 0, 0};
   return f;
 }
+static int is_shared(uint64_t p) { return LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO; }
 /* Not under mm_lock. By the kernel's hand, not by a touch of ours: what is unmapped meanwhile is an error and no signal. */
 static long fill_now(struct fill f) {
   long r = 0;
@@ -474,8 +475,9 @@ static long fill_now(struct fill f) {
     lock();
     if (mode != MANAGED) return unlock(), r;
     uint8_t a = attr[f.p];
-    while (f.p + k < f.end && attr[f.p + k] == a && is_native(f.p + k) == is_native(f.p)) k++;
-    int how = f.advice ? f.advice : A_PROT(a) & PROT_WRITE ? MADV_POPULATE_WRITE : A_PROT(a) & PROT_READ ? MADV_POPULATE_READ : 0;
+    int unmerge = f.advice == MADV_UNMERGEABLE, some = !unmerge || is_shared(f.p);
+    while (f.p + k < f.end && attr[f.p + k] == a && is_native(f.p + k) == is_native(f.p) && (!unmerge || is_shared(f.p + k) == some)) k++;
+    int how = !some ? 0 : f.advice && !unmerge ? f.advice : A_PROT(a) & PROT_WRITE ? MADV_POPULATE_WRITE : A_PROT(a) & PROT_READ ? MADV_POPULATE_READ : 0;
     if (is_native(f.p) || !(a & A_MAPPED) || (a & A_FOREIGN)) how = 0;
     unlock();
     if (how) r = SYS(__NR_madvise, VA(f.p), k * PS, how, 0, 0);
@@ -664,7 +666,7 @@ static long do_madvise(uintptr_t addr, uint64_t size, int how) {
   case MADV_MERGEABLE: merge_here(p, n); break; /* (what is unmapped in it is no longer, as soon as it is mapped) */
   case MADV_UNMERGEABLE:
     bits(mergeable, p, n, CLEAR);
-    fill_later(p, n, 0); /* whoever may write has copies of his own then */
+    fill_later(p, n, how); /* whoever may write has copies of his own then */
     break;
   case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
   case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;
