@@ -24,16 +24,17 @@ static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
 static word_t locked(word_t w) {
   return (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO ? SY_PTE_HASFRAME : 0);
 }
+/* Once more around a wait for who has locked a word. Not only by yielding: a real-time thread may have taken that very CPU from him. */
+static void spin(int *times) {
+  if (++*times > 20) nap(50);
+  else yield();
+}
 /* Locks a page's word; returns it as it was. */
 static word_t word_lock(uint64_t p) {
-  for (int spin = 0;;) {
+  for (int times = 0;;) {
     word_t w = LOAD(pte[p]);
-    if ((w & SY_PTE_STATE_MASK) != SY_PTE_LOCKED) {
-      if (CAS(pte[p], &w, locked(w))) return w;
-    } else if (++spin > 20)
-      nap(50);
-    else
-      yield();
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) spin(&times);
+    else if (CAS(pte[p], &w, locked(w))) return w;
   }
 }
 static int empty(word_t w) { return !(w & (SY_PTE_STATE_MASK | W_KPROT)); }
@@ -79,8 +80,9 @@ static void touched_meanwhile(uint64_t p, uint64_t n) {
 /* After a change of attr: until the faults that decided on the old one are through. */
 static void wait_locked(uint64_t p, uint64_t n) {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  int times = 0;
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end))
-    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) spin(&times);
 }
 static void park(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
@@ -387,8 +389,8 @@ static uint64_t reuse(uint64_t n) {
       kept[best].p += n, kept[best].n -= n, kept_pages -= n;
     for (uint64_t end = p + n, q = next_used(p, end); q < end; q = next_used(q, end)) {
       uint64_t k = 0;
-      for (int st; q + k < end; k++) {
-        while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) yield(); /* a fault thread gives back its neighbours */
+      for (int st, times = 0; q + k < end; k++) {
+        while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) spin(&times); /* a fault thread gives back its neighbours */
         if (st == SY_PTE_SWAPPED) evict(q + k, 1);
         if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
       }
