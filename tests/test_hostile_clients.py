@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import Enclave, bring_up, take_down, wait_for
 from test_failures import finished, load
+from test_swap import as_kswapd, tables
 
 from kernel.abi import ffi, lib
 
@@ -365,6 +366,47 @@ subprocess.run(["{compiled("flood")}", str(as_fd), "6"], pass_fds=[as_fd], check
         assert p.poll() is None, "check waited for the end of the flood"
         assert p.wait(20) == 0
     assert e.status()["counters"]["bad_claims"] > 100_000
+
+
+def test_a_page_that_waits_for_ever_is_not_written_to(root_dir: Path) -> None:
+    """FETCH once named an address in the client's memory: who wrote there waited for a fault that nobody serves."""
+    code = """
+pfn, page = mag.ring[0].slot[0], mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+fcntl.ioctl(uffd, 0xC020AA00, struct.pack("QQQQ", address, 4096, 1, 0))  # UFFDIO_REGISTER, missing pages
+word = ffi.cast("uint64_t *", base + lib.SY_AS_PTE_OFF) + 5
+base[lib.SY_AS_CHUNKS_OFF], word[0] = b"\\1", pfn << 12 | lib.SY_PTE_SWAPPED | lib.SY_PTE_HASFRAME
+ctl.mag_head[0] = 1
+channel.slots[0].msg = dict(type=lib.SY_MSG_PAGE_MAPPED, pfn=pfn, vpage=5, npages=1)
+channel.head = channel.slots[0].turn = 1
+print(pfn, flush=True)
+while mag.cmd_tail == 0:
+    time.sleep(0.01)
+ctl.done[mag.cmd[0].id % 64].id = mag.cmd[0].id
+gateway.send(request(kind=lib.SY_REQ_CMD_DONE))
+while word[0] & lib.SY_PTE_HASFRAME:
+    time.sleep(0.01)
+gateway.send(request(kind=lib.SY_REQ_FETCH, order=2, vpage=5, tids=[1, 0, address & 0xFFFFFFFF, address >> 32]))
+print("asked", flush=True)
+time.sleep(60)
+"""
+    e = bring_up(root_dir / "hw", "--ram", "64M", "--swap", "16M")
+    try:
+        e.supervisorctl("stop", "kswapd")
+        with bad_stub_running(e, code) as p, as_kswapd(e) as commit:
+            assert p.stdout
+            pfn = int(p.stdout.readline())
+            wait_for(lambda: tables(e).frames["state"][pfn] == lib.SY_FRAME_MAPPED, 10, "not mapped")
+            assert commit(lib.SY_OP_RECLAIM, [pfn]) == ["COMPLETE"]
+            assert p.stdout.readline() == b"asked\n"
+            with Raw(e) as raw:
+                raw.say(b"nonsense")
+                assert raw.answer() is None
+            p.kill()
+        e.idle()
+        e.check()
+    finally:
+        take_down(e)
 
 
 def test_many_lost_frames_do_not_hold_up_others(e: Enclave) -> None:

@@ -219,9 +219,10 @@ def test_programs(enclave: Enclave) -> None:
             assert (done.stdout, done.returncode) == (want, 0)
 
 
-@pytest.mark.parametrize("what", ["in_libc", "past_libc", "forks"])
+@pytest.mark.parametrize("what", ["in_libc", "past_libc", "forks", "protects", "moves_out"])
 def test_memory_asked_for_in_one_piece(enclave: Enclave, compiled: Callable[[str], Path], what: str) -> None:
-    """More than the limit, by one call: what fills it must not keep what is to leave from leaving. And forks, while threads wait for frames."""
+    """More than the limit, by one call: what fills it must not keep what is to leave from leaving. And forks, and calls
+    on those very pages, while threads wait for frames."""
     cmd = [compiled("populate"), what, str(LARGE)]
     before = enclave.status()["counters"]
     done = subprocess.run(limited(enclave, cmd), capture_output=True, text=True, timeout=90)

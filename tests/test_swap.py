@@ -343,6 +343,47 @@ def test_refused_reclaims_change_nothing(root_dir: Path) -> None:
         take_down(e)
 
 
+MOVES = """
+import ctypes, sys, threading
+libc = ctypes.CDLL(None)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+n, over = 4 << 20, threading.Event()
+def mmap(): return libc.mmap(None, ctypes.c_size_t(n), 3, 0x22, -1, ctypes.c_long(0))
+def moved(a, b): return libc.mremap(ctypes.c_void_p(a), ctypes.c_size_t(n), ctypes.c_size_t(n), 3, ctypes.c_void_p(b))
+a, b = mmap(), mmap()
+ctypes.memset(a, 7, n)
+print("there", flush=True)
+threading.Thread(target=lambda: (sys.stdin.readline(), over.set())).start()
+while not over.is_set():
+    assert moved(a, b) == b and moved(b, a) == a
+print("moved", flush=True)
+sys.stdin.readline()
+print(ctypes.string_at(a, n) == bytes([7]) * n)
+"""
+
+
+def test_pages_that_are_moved_on_their_way_out(root_dir: Path) -> None:
+    """mremap of pages that are to leave: they stay, and may be told to leave again; no frame is counted as leaving for ever."""
+    e = bring_up(root_dir / "swm", "--ram", "64M", "--swap", "64M")
+    try:
+        e.supervisorctl("stop", "kswapd")
+        p = e.popen([sys.executable, "-c", MOVES], stdin=subprocess.PIPE)
+        assert p.stdout and p.stdin and p.stdout.readline() == "there\n"
+        frames = tables(e).frames
+        with as_kswapd(e) as commit:
+            for i in range(40):
+                if len(some := np.flatnonzero(frames["state"] == lib.SY_FRAME_MAPPED)[i % 8 :: 8]):
+                    commit(lib.SY_OP_RECLAIM, some)
+        p.stdin.write("\n"), p.stdin.flush()
+        assert p.stdout.readline() == "moved\n"
+        leaving = wait_for(lambda: not np.count_nonzero(frames["flags"] & lib.SY_FF_SWAPPING), 10, "frames are still to leave")
+        assert leaving and p.communicate("\n", timeout=20)[0] == "True\n"
+        e.idle()
+        e.check()
+    finally:
+        take_down(e)
+
+
 def test_a_full_disk_keeps_the_pages(root_dir: Path) -> None:
     """The swap file cannot take them: they stay in their frames, are counted, and go on being the program's."""
     disk = root_dir / "errors"

@@ -239,6 +239,8 @@ enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_REL
  * (SHARED, or to = from). result as of MOVE. OWN: args = vpage, n, pfn: of these pages those that are SHARED_RO in the frames from pfn on are the program's alone
  * again; result = pages. args[3] = ctl.forks when that was decided: if another has begun since, -EAGAIN, as they may be shared again. */
 #define SY_EVICT_RUNS 2048
+#define SY_FETCH_PAGES 32            /* of one FETCH, at most */
+#define SY_FETCH_BYTES 131072
 struct sy_run { uint32_t vpage; uint32_t pfn; uint32_t n; uint32_t flag; }; /* pages in a row, in frames in a row; flag: the gateway's */
 struct sy_cmd { uint64_t id; uint32_t op; uint32_t nr; uint64_t args[6]; };
 /* Ring of one order: the gateway writes slot[tail % SLOTS], then tail (release); the stub takes slot[head % SLOTS] by moving
@@ -259,8 +261,9 @@ struct sy_mag {
   uint32_t store_error[SY_STORE_WAITERS]; /* errno of that answer, 0 = done */
   uint8_t chunk_order[SY_CHUNKS];    /* FAULT_ORDER of a range: 1 + the order for first touches in this chunk; 0: as fault_order says */
   struct sy_run evict[SY_EVICT_RUNS];
+  uint8_t fetched[SY_FETCH_BYTES];   /* what the last FETCH asked for: page i of its range at i * SY_PAGE_SIZE, where it was in the store */
 };
-#define SY_MAG_BYTES 94208
+#define SY_MAG_BYTES 225280
 
 /* ---- enclave header (memfd "header": gateway writes, everybody else has it read-only) ---- */
 struct sy_node { uint32_t base; uint32_t frames; };   /* first pfn, number */
@@ -386,7 +389,8 @@ struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */
 /* SWAPIN: order = waiter, vpage, tids = n, pfn: the contents of the slots that n LOCKED words name into n GRANTED frames; the slots are free then.
- * FETCH: order = waiter, vpage, tids = pages, -, address (low, high): contents of the swapped pages of a range into the program's memory. */
+ * FETCH: order = waiter, vpage, tids = pages: contents of the swapped pages of a range into mag.fetched. (Not to where the client says: who writes to its
+ * memory may wait for it for ever.) */
 enum sy_request_kind { SY_REQ_READY = 1, SY_REQ_REFILL = 2, SY_REQ_CMD_DONE = 3, SY_REQ_RELEASED = 4, SY_REQ_SWAPIN = 5, SY_REQ_FETCH = 6 };
 struct sy_request { uint32_t kind; uint32_t order; uint64_t vpage; uint32_t tids[4]; };
 /* A command is announced by FUTEX_WAKE (shared) on mag.cmd_tail. */

@@ -112,6 +112,7 @@ struct as {
   uint32_t shared;        /* pages in SHARED frames (under lock) */
   uint32_t own_from;      /* frames before this one have no news for it: see send_owns; NONE: none has (under lock) */
   uint64_t own_since_ns;  /* since when some have */
+  int merge_due;          /* see flag_mergeable */
   int forked;             /* it began with its parent's page table */
   uint64_t parting_ns;    /* when it was told to turn native, so that others may have the frames that it shares; 0 = not (under lock) */
   uint32_t moving, moves; /* pages queued to move, or told and not answered; in how many moves (under lock) */
@@ -779,7 +780,7 @@ static void handle(struct sy_gateway *g, struct as *a, struct sy_msg m) {
     g->slot[m.arg].vpage = (uint32_t)m.vpage;
     break;
   case SY_MSG_MM_FORK: count(g, SY_CNT_FORKS, 1); break;
-  case SY_MSG_MM_MADVISE: advised(g, a, m); break;
+  case SY_MSG_MM_MADVISE: a->merge_due |= m.arg == MADV_MERGEABLE; break;
   case SY_MSG_MM_MMAP: case SY_MSG_MM_MUNMAP: case SY_MSG_MM_MREMAP: case SY_MSG_PAGE_FAULT: case SY_MSG_TEST: break;
   default: bad(g, a); return;
   }
@@ -869,6 +870,7 @@ static int drain_as(struct sy_gateway *g, struct as *a, int max) {
     a->tail++;
     handle(g, a, m);
   }
+  if (a->merge_due) flag_mergeable(g, a); /* (once, however often it was said) */
   if (n && want_recycled(a)) relieve_early(g, a);
   uint64_t o = __atomic_load_n(&a->chan->overflow, __ATOMIC_ACQUIRE);
   if (o != a->overflow_seen) {

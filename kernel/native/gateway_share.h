@@ -113,11 +113,11 @@ static int make_shared(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_
   }
   return 1;
 }
-/* MADV_MERGEABLE or MADV_UNMERGEABLE: frames that are there already. */
-static void advised(struct sy_gateway *g, struct as *a, struct sy_msg m) {
-  if (m.arg != MADV_MERGEABLE) return;
+/* After MADV_MERGEABLE: frames that are there already. */
+static void flag_mergeable(struct sy_gateway *g, struct as *a) {
   for (uint32_t f = a->list; f != NONE; f = g->fnext[f])
-    if (g->frames[f].state == SY_FRAME_MAPPED && g->frames[f].vpage >= m.vpage && g->frames[f].vpage < m.vpage + m.npages) g->frames[f].flags |= SY_FF_MERGEABLE;
+    if (g->frames[f].state == SY_FRAME_MAPPED && a->mem[SY_AS_ADVICE_OFF + g->frames[f].vpage / SY_CHUNK_PAGES] & SY_ADVICE_MERGE) g->frames[f].flags |= SY_FF_MERGEABLE;
+  a->merge_due = 0;
 }
 /* MERGE; see enum sy_op_code. queue() takes it on from here. */
 static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op, uint32_t n) {

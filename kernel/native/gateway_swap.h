@@ -152,15 +152,20 @@ static void recycle(struct sy_gateway *g, uint32_t asid, uint32_t pfn, uint32_t 
 struct going { uint32_t asid, pfn, vpage, at, barrier; uint64_t word; int gone, packed; struct packing k; };
 #define AT_ONCE 32 /* pages: between them others get the lock */
 
+/* Is it this run still that tells the frame to leave? If not it was freed, may have come back, even to that page, and been told anew: what is written now
+ * might be old by then. (It is when the page was moved, by mremap.) */
+static int told(const struct sy_gateway *g, const struct going *p) {
+  const struct sy_frame *f = &g->frames[p->pfn];
+  return f->asid == p->asid && f->state == SY_FRAME_MAPPED && f->flags & SY_FF_SWAPPING && f->run == p->at;
+}
 /* Is it to be written still? It has a slot then. 0: it is not, or has gone by itself (under lock). */
 static int to_store(struct sy_gateway *g, struct going *p) {
   struct as *a = find_as(g, p->asid);
   struct sy_frame *f = &g->frames[p->pfn];
-  if (!a || f->asid != p->asid || f->state != SY_FRAME_MAPPED || f->vpage != p->vpage || !(f->flags & SY_FF_SWAPPING)) return 0;
-  if (f->run != p->at) return 0; /* it was freed, came back to that page, and is told to leave anew: what is written now might be old by then */
+  if (!a || !told(g, p)) return 0;
   uint64_t in_frame = SY_PTE_SWAPPED | SY_PTE_HASFRAME;
   p->barrier = f->barrier, p->word = __atomic_load_n(&a->pte[p->vpage], __ATOMIC_ACQUIRE);
-  int there = (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
+  int there = f->vpage == p->vpage && (p->word & (SY_PTE_STATE_MASK | SY_PTE_HASFRAME)) == in_frame && p->word >> SY_PTE_PFN_SHIFT == p->pfn;
   uint32_t slot = there && !a->dying ? slot_take(g) : NONE;
   p->k.slot = slot, p->k.tier = 0, p->k.page = frame_mem(g, p->pfn);
   if (slot != NONE) return 1;
@@ -184,7 +189,7 @@ static int stored(struct sy_gateway *g, struct going *p) {
   }
   slot_free(g, p->k.slot);
   count(g, p->k.error ? SY_CNT_STORE_ERRORS : SY_CNT_SWAP_CANCELLED, 1);
-  if (f->barrier == p->barrier) stay(g, f);
+  if (told(g, p)) stay(g, f);
   return 0;
 }
 /* The next pages of those taken away, under lock, which is dropped for the writing. 0: there are none. */
@@ -271,21 +276,16 @@ static void swap_in(struct sy_gateway *g, struct as *a, const struct sy_request 
   pthread_mutex_unlock(&g->lock);
   answer_store(a, q->order, error);
 }
-/* The contents of all stored pages of a chunk, for a fork or a release. The slots stay. */
-static void fetch(struct sy_gateway *g, struct as *a, pid_t pid, const struct sy_request *q) {
-  uint64_t to = q->tids[2] | (uint64_t)q->tids[3] << 32;
-  uint8_t page[PS];
+/* The contents of stored pages, for a fork or a release. The slots stay. */
+static void fetch(struct sy_gateway *g, struct as *a, const struct sy_request *q) {
   int error = 0;
-  if (q->order >= SY_STORE_WAITERS || q->tids[0] > SY_CHUNK_PAGES || q->vpage > SY_ARENA_PAGES - q->tids[0]) return bad(g, a);
+  if (q->order >= SY_STORE_WAITERS || q->tids[0] > SY_FETCH_PAGES || q->vpage > SY_ARENA_PAGES - q->tids[0]) return bad(g, a);
   for (uint32_t i = 0; i < q->tids[0] && !error; i++) {
     uint64_t w = __atomic_load_n(&a->pte[q->vpage + i], __ATOMIC_ACQUIRE), s = w >> SY_PTE_PFN_SHIFT;
     if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || w & SY_PTE_HASFRAME) continue;
     pthread_mutex_lock(&g->lock); /* (page cache, not the disk, as a rule; and it is nobody else's meanwhile) */
-    error = slot_is(g, a, s) ? store_get(g, (uint32_t)s, page) : EINVAL;
+    error = slot_is(g, a, s) ? store_get(g, (uint32_t)s, a->mag->fetched + i * PS) : EINVAL;
     pthread_mutex_unlock(&g->lock);
-    struct iovec here = {page, PS}, there = {(void *)(to + i * PS), PS};
-    if (!error && syscall(SYS_pidfd_send_signal, a->pidfd, 0, NULL, 0)) error = ESRCH; /* (or the number would be somebody else's) */
-    if (!error && process_vm_writev(pid, &here, 1, &there, 1, 0) != PS) error = EFAULT;
   }
   answer_store(a, q->order, error);
 }

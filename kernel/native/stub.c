@@ -234,10 +234,15 @@ static int serve_request(void) {
   return 1;
 }
 
-/* Command thread: a holder of mm_lock may be waiting for us. */
+/* Command thread: a holder of mm_lock may be waiting for us; or, where it touches the arena, for a frame that is free only when pages of ours leave. */
+#define HELD_LONG 400 /* looks: some 10 ms */
+static void evict_unlocked(void);
 static void lock_and_serve(void) {
-  while (!trylock())
-    if (!serve_request()) nap(20);
+  for (uint32_t looks = 1; !trylock(); looks++) {
+    if (serve_request()) continue;
+    nap(20);
+    if (looks % HELD_LONG == 0) evict_unlocked();
+  }
 }
 
 #include "stub_commit.h"

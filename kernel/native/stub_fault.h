@@ -93,9 +93,11 @@ static void follow(int me, uint32_t tid, uint32_t served) {
   else run_on(me, cpu);
 }
 
-/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native; INTERRUPTED: a fork or a
- * release has begun, which waits for us, under the lock that eviction needs: leave the fault. */
+/* Asks the gateway for blocks and waits for its answer. 0: there are some now; -1: no frames, or no gateway: go native; INTERRUPTED: leave the fault,
+ * which comes again: who waits for its words, or for the end of it (a fork, a release), does so under the lock that eviction needs, and what waits
+ * for us both may need no frame. */
 #define INTERRUPTED 1
+static int interrupted[SY_SERVICE_THREADS];
 static int refill(int me, int order, uint64_t p) {
   uint32_t seq = LOAD(mag->refill_seq);
   struct sy_request q = {.kind = SY_REQ_REFILL, .order = (uint32_t)order, .vpage = p};
@@ -112,8 +114,8 @@ static int refill(int me, int order, uint64_t p) {
     nap(200);
   }
   futex_wait((void *)&mag->refill_seq, seq, SOON, 1);
-  while (LOAD(mag->refill_seq) == seq) {
-    if (__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return INTERRUPTED;
+  for (int waits = 0; LOAD(mag->refill_seq) == seq; waits++) {
+    if (waits || __atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) return interrupted[me] = INTERRUPTED;
     leave_reading(me);
     futex_wait((void *)&mag->refill_seq, seq, 10, 1);
     char b;
@@ -209,10 +211,7 @@ static void first_touch(int me, uint64_t p, int write) {
       if ((pfn = mag_pop(me, o)) != SY_NO_FRAME) break;
     if (o >= 0) break;
     int r = refill(me, order, p);
-    if (r == INTERRUPTED) {
-      lock_back(b, n); /* (its end wakes everybody) */
-      return;
-    }
+    if (r == INTERRUPTED) return lock_back(b, n);
     if (r) {
       /* Nothing from the gateway: a bigger block than wanted serves too, the rest goes back. */
       for (o = order + 1; o <= SY_HUGE_ORDER; o++)
@@ -353,13 +352,17 @@ static void fault_thread(long me) {
       struct uffd_msg f = m[u[0]++];
       if (f.event != UFFD_EVENT_PAGEFAULT) continue;
       toucher[me] = f.arg.pagefault.feat.ptid;
-      __atomic_store_n(&busy[me], 1, __ATOMIC_SEQ_CST);
+      __atomic_fetch_or(&busy[me], 1, __ATOMIC_SEQ_CST);
       /* During a fork every fault is left waiting; the forking thread wakes the whole arena afterwards. */
       if (!__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) {
         if (LOAD(mode) == NATIVE) released_fault((int)me, f.arg.pagefault.address & ~(PS - 1)); /* (a release sets it before it ends fork_active) */
         else fault((int)me, f.arg.pagefault.address, f.arg.pagefault.flags);
       }
-      __atomic_store_n(&busy[me], 0, __ATOMIC_SEQ_CST);
+      __atomic_fetch_and(&busy[me], ~1u, __ATOMIC_SEQ_CST);
+      if (!interrupted[me]) continue;
+      interrupted[me] = 0;
+      nap(500); /* longer than those who wait for a word sleep */
+      wake(PAGE(f.arg.pagefault.address) & ~(uint64_t)(SY_CHUNK_PAGES - 1), SY_CHUNK_PAGES); /* (no block is larger) */
     }
   }
 }
@@ -407,7 +410,31 @@ static int needs_release(long nr, const long *a) {
   return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
 }
 
-static void run_command(const volatile struct sy_cmd *c) {
+static uint32_t cmd_seen; /* the command that is being run, or comes next */
+static int is_done(uint64_t id) { return LOAD(ctl->done[id % SY_CMD_SLOTS].id) == id; }
+static void command_done(uint64_t id, long r) {
+  struct sy_cmd_done *d = &ctl->done[id % SY_CMD_SLOTS];
+  d->result = r;
+  STORE(d->id, id);
+  struct sy_request q = {.kind = SY_REQ_CMD_DONE};
+  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+}
+/* The next EVICT before its turn, and without mm_lock. A fork, which needs the pages to stay where they are, waits for us as for a fault. */
+#define EVICTING 2u
+static void evict_unlocked(void) {
+  for (uint32_t i = cmd_seen; i != LOAD(mag->cmd_tail); i++) {
+    const volatile struct sy_cmd *c = &mag->cmd[i % SY_CMD_SLOTS];
+    if (c->op != SY_CMD_EVICT || is_done(c->id)) continue;
+    long r = -1;
+    __atomic_fetch_or(&busy[0], EVICTING, __ATOMIC_SEQ_CST);
+    if (LOAD(mode) == MANAGED && !__atomic_load_n(&ctl->fork_active, __ATOMIC_SEQ_CST)) r = evict_for_store((uint32_t)c->args[0], (uint32_t)c->args[1], 0);
+    __atomic_fetch_and(&busy[0], ~EVICTING, __ATOMIC_SEQ_CST);
+    if (r < 0) return;
+    look_at_threads(0);
+    return command_done(c->id, r);
+  }
+}
+static void run_command(const struct sy_cmd *c) {
   long a[6], r = -ENOSYS;
   for (int i = 0; i < 6; i++) a[i] = (long)c->args[i];
   if (c->op == SY_CMD_SYSCALL) {
@@ -417,9 +444,9 @@ static void run_command(const volatile struct sy_cmd *c) {
     unlock();
   } else if (c->op == SY_CMD_EVICT) {
     lock_and_serve();
-    r = mode == MANAGED ? evict_for_store((uint32_t)a[0], (uint32_t)a[1]) : 0;
+    r = mode == MANAGED && !is_done(c->id) ? evict_for_store((uint32_t)a[0], (uint32_t)a[1], 1) : 0;
     unlock();
-    if (r) look_at_threads(1); /* and only then it is done: until then the words name the frames */
+    if (r || is_done(c->id)) look_at_threads(1); /* and only then it is done: until then the words name the frames */
   } else if (c->op == SY_CMD_PREFETCH) {
     lock_and_serve();
     r = mode == MANAGED ? prefetch((uint64_t)a[0], (uint64_t)a[1]) : 0;
@@ -446,11 +473,7 @@ static void run_command(const volatile struct sy_cmd *c) {
     }
   } else if (c->op == SY_CMD_PING)
     r = 0;
-  struct sy_cmd_done *d = &ctl->done[c->id % SY_CMD_SLOTS];
-  d->result = r;
-  STORE(d->id, c->id);
-  struct sy_request q = {.kind = SY_REQ_CMD_DONE};
-  SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL, 0);
+  if (!is_done(c->id)) command_done(c->id, r);
 }
 
 static int start_thread(void (*fn)(long), long arg, char *stack_top, uint64_t flags);
@@ -532,7 +555,7 @@ static int join_enclave(void) {
 
 static void command_thread(long unused) {
   (void)unused;
-  uint32_t seen = 0;
+  cmd_seen = 0;
   /* Our own descriptor table: nothing of the program's may stay open because of us. */
   if (SYS(__NR_close_range, 0, ~0U, 0, 0, 0) < 0)
     for (int i = 0; i < 4096; i++) SYS(__NR_close, i, 0, 0, 0, 0);
@@ -566,11 +589,14 @@ static void command_thread(long unused) {
   STORE(join_state, 1);
   futex_wake(&join_state, 0);
   for (;;) {
-    while (serve_request() || LOAD(mag->cmd_tail) != seen) {
-      if (LOAD(mag->cmd_tail) != seen) run_command(&mag->cmd[seen++ % SY_CMD_SLOTS]);
+    while (serve_request() || LOAD(mag->cmd_tail) != cmd_seen) {
+      if (LOAD(mag->cmd_tail) == cmd_seen) continue;
+      struct sy_cmd c = mag->cmd[cmd_seen % SY_CMD_SLOTS]; /* (its place may have the next one as soon as it is done) */
+      run_command(&c);
+      cmd_seen++;
     }
     /* two words at once: a command of the gateway's, a request of a program thread */
-    struct { uint64_t val, uaddr; uint32_t flags, pad; } v[2] = {{seen, (uintptr_t)&mag->cmd_tail, 2 /* 32 bit, shared */, 0},
+    struct { uint64_t val, uaddr; uint32_t flags, pad; } v[2] = {{cmd_seen, (uintptr_t)&mag->cmd_tail, 2 /* 32 bit, shared */, 0},
                                                                   {0, (uintptr_t)&req_word, 2 | FUTEX_PRIVATE_FLAG, 0}};
     long r = SYS(__NR_futex_waitv, v, 2, 0, 0, 0);
     if (r == -ENOSYS) nap(1000); /* before Linux 5.16 */

@@ -33,11 +33,10 @@ static long protect_request(void *arg) {
   return r;
 }
 
-static int is_shared(word_t w) { return (w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO; }
 /* Is so much in frames that sharing is cheaper than a copy? */
 static int worth_sharing(void) {
   uint64_t n = 0;
-  for (uint64_t i = next_used(0, SY_ARENA_PAGES); i < SY_ARENA_PAGES && n < SY_FORK_SHARES; i = next_used(i + 1, SY_ARENA_PAGES)) n += (uint64_t)is_shared(LOAD(pte[i]));
+  for (uint64_t i = next_used(0, SY_ARENA_PAGES); i < SY_ARENA_PAGES && n < SY_FORK_SHARES; i = next_used(i + 1, SY_ARENA_PAGES)) n += (uint64_t)(present(i) || is_shared(i));
   return n == SY_FORK_SHARES;
 }
 
@@ -309,6 +308,11 @@ static int gone(long pid) {
   return (r == 0 && info.si[0] == SIGCHLD) || (r == -ECHILD && SYS(__NR_tgkill, pid, pid, 0, 0, 0) == -ESRCH);
 }
 
+/* fork_active is set: until what was begun before is done. */
+static void wait_for_faults(void) {
+  for (int i = 0, times = 0; i < SY_SERVICE_THREADS; i++)
+    while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) spin(&times);
+}
 static long fork_on_stack(struct fork_args *f) {
   if (!f->managed) return do_clone(f);
   /* Should this process be killed now, the gateway keeps its frames until the child has copied, or ended: it looks at these words. */
@@ -316,8 +320,7 @@ static long fork_on_stack(struct fork_args *f) {
   __atomic_store_n(&ctl->fork_done, 0, __ATOMIC_SEQ_CST);
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
   __atomic_fetch_add(&ctl->forks, 1, __ATOMIC_SEQ_CST);
-  for (int i = 0; i < SY_SERVICE_THREADS; i++)
-    while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
+  wait_for_faults();
   int off = 0, on = 1;
   f->shares = !LOAD(gateway_dead) && worth_sharing();
   while (f->shares && kept_count) drop_kept(0);
@@ -357,8 +360,7 @@ static long do_fork(long flags, long ptid, long ctid, long tls) {
 static long release_all(void) {
   int on = 1;
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
-  for (int i = 0; i < SY_SERVICE_THREADS; i++)
-    while (__atomic_load_n(&busy[i], __ATOMIC_SEQ_CST)) yield();
+  wait_for_faults();
   protect_request(&on);
   while (kept_count) drop_kept(0);
   releasing = 1;

@@ -24,16 +24,17 @@ static int kprot(uint8_t a) { return a & A_MAPPED ? A_PROT(a) : PROT_NONE; }
 static word_t locked(word_t w) {
   return (w & ~(word_t)SY_PTE_STATE_MASK) | SY_PTE_LOCKED | ((w & SY_PTE_STATE_MASK) == SY_PTE_PRESENT || (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO ? SY_PTE_HASFRAME : 0);
 }
+/* Once more around a wait for who has locked a word. Not only by yielding: a real-time thread may have taken that very CPU from him. */
+static void spin(int *times) {
+  if (++*times > 20) nap(50);
+  else yield();
+}
 /* Locks a page's word; returns it as it was. */
 static word_t word_lock(uint64_t p) {
-  for (int spin = 0;;) {
+  for (int times = 0;;) {
     word_t w = LOAD(pte[p]);
-    if ((w & SY_PTE_STATE_MASK) != SY_PTE_LOCKED) {
-      if (CAS(pte[p], &w, locked(w))) return w;
-    } else if (++spin > 20)
-      nap(50);
-    else
-      yield();
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) spin(&times);
+    else if (CAS(pte[p], &w, locked(w))) return w;
   }
 }
 static int empty(word_t w) { return !(w & (SY_PTE_STATE_MASK | W_KPROT)); }
@@ -79,8 +80,9 @@ static void touched_meanwhile(uint64_t p, uint64_t n) {
 /* After a change of attr: until the faults that decided on the old one are through. */
 static void wait_locked(uint64_t p, uint64_t n) {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  int times = 0;
   for (uint64_t end = p + n, i = next_used(p, end); i < end; i = next_used(i + 1, end))
-    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) yield();
+    while ((LOAD(pte[i]) & SY_PTE_STATE_MASK) == SY_PTE_LOCKED) spin(&times);
 }
 static void park(uint64_t p, uint64_t n) {
   for (uint64_t i = p; i < p + n; i++)
@@ -399,8 +401,8 @@ static uint64_t reuse(uint64_t n) {
       kept[best].p += n, kept[best].n -= n, kept_pages -= n;
     for (uint64_t end = p + n, q = next_used(p, end); q < end; q = next_used(q, end)) {
       uint64_t k = 0;
-      for (int st; q + k < end; k++) {
-        while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) yield(); /* a fault thread gives back its neighbours */
+      for (int st, times = 0; q + k < end; k++) {
+        while ((st = (int)(LOAD(pte[q + k]) & SY_PTE_STATE_MASK)) == SY_PTE_LOCKED) spin(&times); /* a fault thread gives back its neighbours */
         if (st == SY_PTE_SWAPPED) evict(q + k, 1);
         if (st != SY_PTE_PRESENT && st != SY_PTE_NATIVE) break;
       }
@@ -467,7 +469,7 @@ static long replace_pages(uint64_t p, uint64_t n, uint8_t a) {
 /* ---------------------------------------------------------------- the calls */
 /* What the call at hand is to fill with pages once mm_lock is free again: who waits for frames under it waits for ever, since what is to leave
  * for them leaves under it. Under mm_lock. */
-struct fill { uint64_t p, end; int advice; }; /* advice 0: as each page may be accessed; p == end: nothing */
+struct fill { uint64_t p, end; int advice; }; /* advice 0: as each page may be accessed; UNMERGEABLE: so, those that are shared; p == end: nothing */
 static struct fill fill;
 static void fill_later(uint64_t p, uint64_t n, int advice) {
   if (fill.p == fill.end) fill.p = p;
@@ -478,6 +480,7 @@ static struct fill to_fill(void) {
   fill = (struct fill){0, 0, 0};
   return f;
 }
+static int is_shared(uint64_t p) { return LOAD(chunks[p / SY_CHUNK_PAGES]) && (LOAD(pte[p]) & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO; }
 /* Not under mm_lock. By the kernel's hand, not by a touch of ours: what is unmapped meanwhile is an error and no signal. */
 static long fill_now(struct fill f) {
   long r = 0;
@@ -486,8 +489,9 @@ static long fill_now(struct fill f) {
     lock();
     if (mode != MANAGED) return unlock(), r;
     uint8_t a = attr[f.p];
-    while (f.p + k < f.end && attr[f.p + k] == a && is_native(f.p + k) == is_native(f.p)) k++;
-    int how = f.advice ? f.advice : A_PROT(a) & PROT_WRITE ? MADV_POPULATE_WRITE : A_PROT(a) & PROT_READ ? MADV_POPULATE_READ : 0;
+    int unmerge = f.advice == MADV_UNMERGEABLE, some = !unmerge || is_shared(f.p);
+    while (f.p + k < f.end && attr[f.p + k] == a && is_native(f.p + k) == is_native(f.p) && (!unmerge || is_shared(f.p + k) == some)) k++;
+    int how = !some ? 0 : f.advice && !unmerge ? f.advice : A_PROT(a) & PROT_WRITE ? MADV_POPULATE_WRITE : A_PROT(a) & PROT_READ ? MADV_POPULATE_READ : 0;
     if (is_native(f.p) || !(a & A_MAPPED) || (a & A_FOREIGN)) how = 0;
     unlock();
     if (how) r = SYS(__NR_madvise, VA(f.p), k * PS, how, 0, 0);
@@ -676,7 +680,7 @@ static long do_madvise(uintptr_t addr, uint64_t size, int how) {
   case MADV_MERGEABLE: merge_here(p, n); break; /* (what is unmapped in it is no longer, as soon as it is mapped) */
   case MADV_UNMERGEABLE:
     bits(mergeable, p, n, CLEAR);
-    fill_later(p, n, 0); /* whoever may write has copies of his own then */
+    fill_later(p, n, how); /* whoever may write has copies of his own then */
     break;
   case MADV_NORMAL: case MADV_RANDOM: case MADV_SEQUENTIAL: case MADV_WILLNEED: case MADV_DONTDUMP: case MADV_DODUMP:
   case 20 /* COLD */: case 21 /* PAGEOUT */: case 25 /* COLLAPSE */: break;

@@ -36,17 +36,21 @@ static uint64_t taken_away(const struct iovec *v, uint64_t n, long failed) {
   __atomic_fetch_add(&ctl->pages_swapped, taken, __ATOMIC_RELAXED);
   return taken;
 }
-/* Command thread, under mm_lock: runs [from, to) of mag->evict. Number of pages taken away. */
-static long evict_for_store(uint32_t from, uint32_t to) {
+/* Locks a page that is to leave. Not under mm_lock (held: 0) none that is just being locked into RAM, unmapped, kept or replaced by another mapping: who
+ * does that looks at its attr first, and then at its word. */
+static int lock_to_leave(uint64_t p, uint64_t pfn, int held) {
+  if ((LOAD(pte[p]) & SY_PTE_MLOCKED) || !lock_present(p, pfn)) return 0;
+  if (held || (!(LOAD(pte[p]) & SY_PTE_MLOCKED) && (attr[p] & (A_MAPPED | A_FOREIGN | A_KEPT)) == A_MAPPED)) return 1;
+  return (int)taken_away(&(struct iovec){(void *)VA(p), PS}, 1, -1);
+}
+/* Command thread: runs [from, to) of mag->evict. Number of pages taken away. */
+static long evict_for_store(uint32_t from, uint32_t to, int held) {
   uint64_t taken = 0, some = 0;
   for (; from != to; from++) {
     uint64_t p = mag->evict[from % SY_EVICT_RUNS].vpage, pfn = mag->evict[from % SY_EVICT_RUNS].pfn, n = mag->evict[from % SY_EVICT_RUNS].n;
     if (p >= SY_ARENA_PAGES || n > SY_ARENA_PAGES - p) continue;
     for (uint64_t i = 0, k; i < n; i += k ? k : 1) {
-      for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]); k++) {
-        word_t x = LOAD(pte[p + i + k]);
-        if ((x & SY_PTE_MLOCKED) || !lock_present(p + i + k, pfn + i + k)) break;
-      }
+      for (k = 0; i + k < n && LOAD(chunks[(p + i + k) / SY_CHUNK_PAGES]) && lock_to_leave(p + i + k, pfn + i + k, held);) k++;
       if (!k) continue;
       take_vec[some++] = (struct iovec){(void *)VA(p + i), k * PS};
       if (some == TAKE) taken += taken_away(take_vec, some, take_away(take_vec, some)), some = 0;
@@ -56,8 +60,8 @@ static long evict_for_store(uint32_t from, uint32_t to) {
 }
 
 /* Asks the gateway's store and waits. 0, or an errno; -1: there is no gateway any more. */
-static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint32_t b, uint64_t address) {
-  struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b, (uint32_t)address, (uint32_t)(address >> 32)}};
+static int ask_store(uint32_t kind, int waiter, uint64_t vpage, uint32_t a, uint32_t b) {
+  struct sy_request q = {.kind = kind, .order = (uint32_t)waiter, .vpage = vpage, .tids = {a, b}};
   uint32_t seq = LOAD(mag->store_seq[waiter]);
   if (LOAD(gateway_dead)) return -1;
   for (long r; (r = SYS(__NR_sendto, fd_sock, &q, sizeof q, MSG_NOSIGNAL | MSG_DONTWAIT, 0)) != sizeof q; nap(200))
@@ -94,7 +98,7 @@ static uint32_t ready_frames(int me, int order, int *got) {
   }
   return SY_NO_FRAME;
 }
-/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more, or the wait was INTERRUPTED. */
+/* The same, and when it is empty waits for more. SY_NO_FRAME: there is no gateway any more, or the wait was INTERRUPTED, also for want of any. */
 static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
   for (;;) {
     uint32_t pfn = ready_frames(me, order, got);
@@ -103,7 +107,7 @@ static uint32_t some_frames(int me, uint64_t p, int order, int *got) {
     if (r == INTERRUPTED) return SY_NO_FRAME;
     if (!r) continue;
     if (order) order = 0;
-    else leave_reading(me), nap(1000);
+    else return leave_reading(me), nap(1000), interrupted[me] = INTERRUPTED, SY_NO_FRAME;
   }
 }
 /* Pages of the pool, by ourselves: from the RAM file to the RAM file, as nothing may be mapped before it is there. 0, or an errno. */
@@ -169,7 +173,7 @@ static void store_again(uint64_t p, uint64_t n, word_t flags) {
  * before. */
 static int piece(int me, uint64_t p, const uint32_t *slot, int order, uint32_t pfn, int prot, word_t flags, int ours) {
   uint64_t n = 1ull << order;
-  int e = ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn, 0);
+  int e = ours ? fetch_packed(me, slot, n, pfn) : ask_store(SY_REQ_SWAPIN, me, p, (uint32_t)n, pfn);
   if (e) {
     post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
     STORE(ctl->in_hand[me], SY_NO_FRAME);
@@ -263,24 +267,48 @@ static long prefetch(uint64_t p, uint64_t n) {
   return back_now;
 }
 
+/* A page that still is in its frame, mapped again. 0, or -errno: it is not, or there are too many mappings. */
+static long again(uint64_t p) {
+  word_t w = LOAD(pte[p]);
+  if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED || !(w & SY_PTE_HASFRAME) || !CAS(pte[p], &w, locked(w))) return -EAGAIN; /* (the gateway was quicker: it is stored) */
+  uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
+  long r = map_frames(p, pfn, 1, kprot(attr[p]));
+  if (r < 0) return STORE(pte[p], w), wake(p, 1), r;
+  back_again(p, pfn, 1, kprot(attr[p]));
+  wake(p, 1);
+  return 0;
+}
+/* Command thread, under mm_lock: is there something at p, or is it there now, without a wait for frames? */
+static int back_now(uint64_t p) {
+  if (p >= SY_ARENA_PAGES || is_native(p) || (attr[p] & A_FOREIGN)) return 1;
+  if (!LOAD(chunks[p / SY_CHUNK_PAGES]) || !may(attr[p], 0)) return 0;
+  if (again(p)) prefetch(p, 1);
+  else post(SY_MSG_PAGE_HINT, p, (uint32_t)(LOAD(pte[p]) >> SY_PTE_PFN_SHIFT), 1, 0, 0, 0);
+  int st = LOAD(pte[p]) & SY_PTE_STATE_MASK;
+  return st == SY_PTE_PRESENT || st == SY_PTE_SHARED_RO || st == SY_PTE_NATIVE;
+}
+
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in
  * its frame is mapped again. Command thread; faults are left waiting, mm_lock is held. */
 static char *back;
+static int fetch_stored(uint64_t p) {
+  uint64_t stored = 0;
+  for (uint64_t i = 0; i < SY_FETCH_PAGES; i++) stored |= (uint64_t)((LOAD(pte[p + i]) & SY_PTE_STATE_MASK) == SY_PTE_SWAPPED) << i;
+  if (stored && ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, p, SY_FETCH_PAGES, 0)) return -1;
+  for (uint64_t i = 0; i < SY_FETCH_PAGES; i++)
+    if (stored >> i & 1) memcpy(back + (p + i) * PS, (const char *)mag->fetched + i * PS, PS);
+  return 0;
+}
 static long bring_back(void *unused) {
   (void)unused;
   for (uint64_t c = 0; c < SY_CHUNKS; c++) {
     int some = 0;
     if (!LOAD(chunks[c])) continue;
     for (uint64_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p++) {
-      word_t w = LOAD(pte[p]);
-      if ((w & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED) continue;
-      if ((w & SY_PTE_HASFRAME) && CAS(pte[p], &w, locked(w))) { /* (else the gateway was quicker: it is stored) */
-        uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
-        long r = map_frames(p, pfn, 1, kprot(attr[p]));
-        if (r < 0) return STORE(pte[p], w), r;
-        back_again(p, pfn, 1, kprot(attr[p]));
-      } else
-        some = 1;
+      if ((LOAD(pte[p]) & SY_PTE_STATE_MASK) != SY_PTE_SWAPPED) continue;
+      long r = again(p);
+      if (r < 0 && r != -EAGAIN) return r;
+      some |= r < 0;
     }
     if (!some) continue;
     if (!back) {
@@ -288,7 +316,8 @@ static long bring_back(void *unused) {
       if (at < 0 && at > -4096) return at;
       back = (char *)at;
     }
-    if (ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, c * SY_CHUNK_PAGES, SY_CHUNK_PAGES, 0, (uint64_t)(uintptr_t)back + c * SY_CHUNK_PAGES * PS)) return -ENOMEM;
+    for (uint64_t p = c * SY_CHUNK_PAGES; p < (c + 1) * SY_CHUNK_PAGES; p += SY_FETCH_PAGES)
+      if (fetch_stored(p)) return -ENOMEM;
   }
   return 0;
 }

@@ -34,7 +34,6 @@ static int fz_sched(int pid, int policy, const void *p) { return (void)pid, (voi
 #define readlink fz_readlink
 #define pthread_mutex_unlock fz_unlock
 #define sched_setscheduler fz_sched
-#define process_vm_writev(pid, here, n, there, m, flags) ((void)(pid), (void)(there), (ssize_t)(here)->iov_len)
 #define usleep(us) (fz_now += (us) * 1000ull)
 static uint64_t fz_now = 1000000000ull;
 /* check looks at everything after every input, and takes no decision of interest: not followed, or it would cost nine tenths of the time */
@@ -49,7 +48,6 @@ static void check_once(struct sy_gateway *g, struct report *r) DULL;
 #undef readlink
 #undef pthread_mutex_unlock
 #undef sched_setscheduler
-#undef process_vm_writev
 #undef usleep
 
 #define FRAMES 4096u

@@ -96,6 +96,12 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < q; i++) moved[i * WORDS + 100] = 5;
     printf("and written %zu, others %zu\n", wrong(moved, q, 5), wrong(p[4], q, 0));
     printf("unmergeable %d %zu\n", madvise((void *)p[4], q * PS, MADV_UNMERGEABLE), wrong(p[4], q, 0));
+    char *sparse = mmap(0, 256 * PS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char there[256];
+    size_t touched = 0;
+    madvise(sparse, 256 * PS, MADV_MERGEABLE), madvise(sparse, 256 * PS, MADV_UNMERGEABLE), mincore(sparse, 256 * PS, there);
+    for (size_t i = 0; i < 256; i++) touched += there[i] & 1;
+    printf("never touched, now there: %zu\n", touched);
     int fd[2];
     if (pipe(fd) || write(fd[1], "kernel writes", 13) != 13 || read(fd[0], (void *)p[5], 13) != 13) return 4;
     printf("%.13s, next %zu\n", (char *)p[5], wrong(p[6], q, 0));

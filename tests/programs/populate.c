@@ -1,5 +1,5 @@
-/* argv: what, MiB. Memory that is asked for in one piece, more than there is: by mmap, madvise and mlock, in libc and past it; and forks while others
- * wait for frames, or only that, until a line comes in. Every page keeps what was written to it. */
+/* argv: what, MiB. Memory that is asked for in one piece, more than there is: by mmap, madvise and mlock, in libc and past it; and forks or memory calls on
+ * the same pages while others wait for frames, or only that, until a line comes in. Every page keeps what was written to it. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -48,6 +48,17 @@ static unsigned resident(volatile char *m, size_t n) {
   return k;
 }
 static volatile int over;
+static void *numbers(void *arg) { /* what is given back again and again */
+  volatile char *m = *(volatile char **)arg;
+  size_t n = ((size_t *)arg)[1];
+  for (int i = 0; i < 3; i++) {
+    number(m, n);
+    if (wrong(m, n, 0)) printf("wrong\n");
+    if (i < 2) madvise((void *)m, n, MADV_DONTNEED);
+  }
+  __atomic_fetch_add(&over, 1, __ATOMIC_SEQ_CST);
+  return 0;
+}
 static void *touches(void *arg) {
   size_t n = (size_t)arg;
   while (!over) {
@@ -79,6 +90,23 @@ int main(int argc, char **argv) {
     over = 1;
     for (int i = 0; i < 3; i++) pthread_join(t[i], 0);
     printf("forked\n");
+    return 0;
+  }
+  if (!strcmp(argv[1], "protects")) { /* nothing changes by it */
+    pthread_t t[3];
+    size_t part[3][2];
+    volatile char *m = map(n / 3 * 3 & ~(3 * PS - 1), 0);
+    for (int i = 0; i < 3; i++) part[i][1] = n / 3 & ~(PS - 1), part[i][0] = (size_t)m + (size_t)i * part[i][1], pthread_create(&t[i], 0, numbers, part[i]);
+    while (over < 3) mprotect((void *)m, n / 2, RW), usleep(1000);
+    for (int i = 0; i < 3; i++) pthread_join(t[i], 0);
+    printf("protected\n");
+    return 0;
+  }
+  if (!strcmp(argv[1], "moves_out")) {
+    volatile char *m = map(n, 0), *to = mmap(0, n, PROT_NONE, ANON | MAP_NORESERVE | MAP_STACK, -1, 0); /* (not of the enclave) */
+    number(m, n);
+    printf("moved: %d", mremap((void *)m, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) == (void *)to);
+    printf(" wrong: %lu\n", wrong(to, n, 0));
     return 0;
   }
   volatile char *p = map(n, MAP_POPULATE);
