@@ -35,14 +35,14 @@ r, w = os.pipe()
 pid = os.fork()
 me = "child" if pid == 0 else "parent"
 if pid == 0: os.read(r, 1)
-else: print("there", pid, flush=True)
+else: print(f"there {pid}", flush=True)
 for line in sys.stdin if pid else []:
     what = line.split()[0]
     if what == "write": b[: 4096 * pages // 4 : 4096] = bytes(pages // 4); print("written", flush=True)
     elif what == "end": break
 if pid: os.write(w, b"x")
 same = b[::4096] == (bytes(pages // 4) + was[pages // 4:] if pid and "write" in sys.argv else was)
-print(me, same, flush=True)
+print(f"{me} {same}", flush=True)
 if pid: assert os.waitpid(pid, 0)[1] == 0
 """
 
@@ -145,7 +145,7 @@ def test_disturbed(root_dir: Path, compiled: Compiled) -> None:
 def test_nothing_can_leave(root_dir: Path) -> None:
     """No store, and no room for the copies: the child makes its own in the machine's memory, nobody is ended."""
     e = bring_up(root_dir / "fkn", "--ram", "64M")
-    writes = "import os, sys\nn = int(sys.argv[1]) << 20\nb = bytearray(b'x') * n\npid = os.fork()\nb[::4096] = (b'c' if pid == 0 else b'p') * (n // 4096)\nprint(b.count(b'x') == n - n // 4096, b.count(b'c' if pid == 0 else b'p') == n // 4096, flush=True)\nif pid: print(os.waitpid(pid, 0)[1])\n"
+    writes = "import os, sys\nn = int(sys.argv[1]) << 20\nb = bytearray(b'x') * n\npid = os.fork()\nb[::4096] = (b'c' if pid == 0 else b'p') * (n // 4096)\nprint('%s %s' % (b.count(b'x') == n - n // 4096, b.count(b'c' if pid == 0 else b'p') == n // 4096), flush=True)\nif pid: print(os.waitpid(pid, 0)[1])\n"
     try:
         done = e.run([sys.executable, "-c", writes, 40], timeout=60)
         assert done.returncode == 0 and sorted(done.stdout.split("\n")) == ["", "0", "True True", "True True"], done

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,38 @@ def test_calls_meet_shared_pages(enclave: Enclave, compiled: Compiled, distinct:
     wait_for(lambda: shares(enclave)[1] == 2048, 40, "not all are shared")
     assert "there\n" + p.communicate("\n", timeout=30)[0] == native
     assert p.returncode == 0
+
+
+def test_what_a_fork_shares_is_not_merged(enclave: Enclave) -> None:
+    """ksm counts it not as its own, nor takes it for a stable page; merged pages are shared by the child, too."""
+    code = """
+import os, sys
+b = bytearray(b"k" * 4096) * 2048
+print("there", flush=True)
+sys.stdin.readline()
+r, w = os.pipe()
+if not os.fork():
+    os.close(w)
+    os.read(r, 1)
+    os._exit(b.count(b"k") != 4096 * 2048)
+print("forked", flush=True)
+sys.stdin.readline()
+b[::4096] = b"p" * 2048
+os.close(w)
+sys.exit(os.wait()[1])
+"""
+    p = enclave.popen([sys.executable, "-c", code], "--ksm", stdin=subprocess.PIPE)
+    assert p.stdin and p.stdout and p.stdout.readline() == "there\n"
+    wait_for(lambda: enclave.component("ksm")["dump"].get("pages_sharing", 0) > 2000, 30, "nothing is merged")
+    p.stdin.write("\n")
+    p.stdin.flush()
+    assert p.stdout.readline() == "forked\n"
+    f = tables(enclave).frames
+    shared = f[f["state"] == lib.SY_FRAME_SHARED]
+    assert (shared["asid"] != 0).sum() > 500 and shared["refcount"][shared["asid"] == 0].sum() > 4000
+    wait_for(lambda: (d := enclave.component("ksm")["dump"])["pages_sharing"] > 3900 and d["pages_shared"] < 200, 10, "ksm counts others")
+    out = p.communicate("\n", timeout=30)[0]
+    assert p.returncode == 0, out
 
 
 def test_all_of_a_program(enclave: Enclave, compiled: Compiled) -> None:

@@ -35,6 +35,11 @@ def _rank(group: NDArray[np.int64]) -> NDArray[np.int64]:
     return rank
 
 
+def merged(frames: NDArray[np.void]) -> NDArray[np.bool_]:
+    """SHARED and nobody's: what a fork shares has an owner."""
+    return np.asarray((frames["state"] == SHARED) & (frames["asid"] == 0))
+
+
 class Policy(BasePolicy):
     """scan"""
 
@@ -46,7 +51,7 @@ class Policy(BasePolicy):
         self.checksum: NDArray[np.uint64] = np.zeros(n, np.uint64)
         self.page: NDArray[np.int64] = np.full(n, -1, np.int64)  # which page a frame's checksum is of
         self.not_before: NDArray[np.float64] = np.zeros(n)
-        self.stable = np.flatnonzero(self.frames["state"] == SHARED)  # pfns
+        self.stable = np.flatnonzero(merged(self.frames))  # pfns
         self.checksum[self.stable] = self._checksums(self.stable)
         self.cursor = 0
         self._new_round()
@@ -134,8 +139,7 @@ class Policy(BasePolicy):
         self.volatile_now += int(np.count_nonzero(~settled & (self.page[pfns] == page)))
         self.checksum[pfns], self.page[pfns] = now, page
         pfns = np.union1d(pfns[settled], again[self.page[again] == self._page(again)])
-        f = self.frames[self.stable]
-        self.stable = self.stable[f["state"] == SHARED]
+        self.stable = self.stable[merged(self.frames[self.stable])]
         room = self.stable[self.frames["refcount"][self.stable] < lib.SY_MAX_SHARING]
         room = room[np.argsort(self.checksum[room], kind="stable")]
         target = self._equal(pfns, room)
@@ -168,7 +172,7 @@ class Policy(BasePolicy):
                 self.txn.add(lib.SY_OP_MERGE, pfn, order, arg=to[pfn])
 
     def dump(self) -> dict[str, Any]:
-        sharers = self.frames["refcount"][self.frames["state"] == SHARED]
+        sharers = self.frames["refcount"][merged(self.frames)]
         shared, total = len(sharers), int(sharers.sum())
         return {
             "pages_shared": shared, "pages_sharing": total - shared, "pages_volatile": self.volatile, "full_scans": self.full_scans,
