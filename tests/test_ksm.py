@@ -120,6 +120,7 @@ def test_what_a_fork_shares_is_not_merged(enclave: Enclave) -> None:
     code = """
 import os, sys
 b = bytearray(b"k" * 4096) * 2048
+own = os.urandom(4 << 20)
 print("there", flush=True)
 sys.stdin.readline()
 r, w = os.pipe()
