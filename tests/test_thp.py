@@ -201,6 +201,81 @@ def test_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[[str],
         h.ends_well()
 
 
+def blocks(h: Huge, e: Enclave) -> list[int]:
+    """First frames of those of its ranges that are one block each, by address."""
+    f = h.frames(e)
+    return [int(f[i]) for i in range(0, len(f), PAGES) if f[i] % PAGES == 0 and (np.diff(f[i : i + PAGES]) == 1).all()]
+
+
+def in_one_piece(h: Huge, e: Enclave) -> int:
+    """Blocks of its memory that the table says are mapped whole."""
+    return int(np.count_nonzero(tables(e).frames["order"][h.frames(e)] == HUGE)) // PAGES
+
+
+def test_split_and_whole_again_while_threads_write(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    """SPLIT: the frames stay, and what is in them; the kernel's huge entry goes. COLLAPSE brings it back, also where nothing has to move."""
+    h = Huge(enclave, compiled, "advised")
+    wait_for(lambda: h.mapped_huge() == MIB, 40, "not all is in huge blocks")
+    with in_place_of(enclave, "thp") as commit, subscriber(enclave.run_dir, [b"move"], "thp") as events:
+        f, all_of_it = h.frames(enclave), blocks(h, enclave)
+        counted = enclave.status()["counters"]
+        assert len(all_of_it) == MIB // 2
+        # barriers stay as they are
+        barriers = tables(enclave).frames["barrier"][f].copy()
+        for turn, order in enumerate((0, 4, 8, 0) * 6):
+            some = all_of_it[turn % 7 :: 5]
+            assert set(commit(lib.SY_OP_SPLIT, np.array(some) + 77, order)) == {"COMPLETE"}
+            wait_for(lambda n=len(some): h.mapped_huge() == MIB - 2 * n, 10, "they are still mapped by huge entries")
+            wait_for(lambda n=len(some): in_one_piece(h, enclave) == len(all_of_it) - n, 5, "the table does not say so")
+            assert set(commit(lib.SY_OP_SPLIT, some, order)) == {"STALE"}  # they are in such pieces
+            assert (h.frames(enclave) == f).all()
+            assert set(commit(lib.SY_OP_COLLAPSE, np.array(some) + 5, HUGE, 0)) == {"COMPLETE"}
+            wait_for(lambda: h.mapped_huge() == MIB and in_one_piece(h, enclave) == len(all_of_it), 10, "they are not whole again")
+            assert (h.frames(enclave) == f).all()
+        assert (tables(enclave).frames["barrier"][f] == barriers).all()
+        assert events.poll(5000)
+        first = decode_batch(events.recv_multipart())[2][0]
+        assert (first["type"], first["npages"], first["order"], first["pfn"]) == (lib.SY_MSG_PAGE_SPLIT, PAGES, 0, all_of_it[0])
+        after = enclave.status()["counters"]
+        assert after["split"] - counted["split"] == after["collapsed"] - counted["collapsed"] >= 24 * 3 * PAGES
+        h.ends_well()
+
+
+def test_split_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    """Stale, malformed and forbidden; of a program that is stopped, killed or has other plans."""
+    h, other = Huge(enclave, compiled, "plain", 8), Huge(enclave, compiled, "plain", 8)
+    wait_for(lambda: h.mapped_huge() == other.mapped_huge() == 8, 40, "not all is in huge blocks")
+    with in_place_of(enclave, "kswapd") as commit:
+        assert commit(lib.SY_OP_SPLIT, blocks(h, enclave)[0], 0) == ["NOT_PERMITTED"]
+    wait_for(lambda: h.mapped_huge() == other.mapped_huge() == 8, 40, "not all is in huge blocks")
+    with in_place_of(enclave, "thp") as commit:
+        f, at = h.frames(enclave), blocks(h, enclave)
+        free = int(np.flatnonzero(tables(enclave).frames["state"] == lib.SY_FRAME_FREE)[0])
+        assert commit(lib.SY_OP_SPLIT, at[0], 0, behind=1) == ["STALE"]
+        assert commit(lib.SY_OP_SPLIT, at[0], HUGE) == commit(lib.SY_OP_SPLIT, at[0], 65535) == ["INVALID"]
+        assert commit(lib.SY_OP_SPLIT, RAM * 256, 0) == commit(lib.SY_OP_SPLIT, at[0], 0, arg=1) == ["INVALID"]
+        assert commit(lib.SY_OP_SPLIT, free, 0) == ["STALE"]
+        enclave.request(t="fault_order", asid=0, order=0, max_order=0)
+        sparse = Huge(enclave, compiled, "sparse", 4)
+        enclave.request(t="fault_order", asid=0, order=4, max_order=9)
+        assert commit(lib.SY_OP_SPLIT, sparse.frames(enclave)[0], 0) == ["STALE"]  # no block
+        sparse.ends_well()
+        assert (h.frames(enclave) == f).all() and h.mapped_huge() == 8
+        # who is stopped is told, and does it when it goes on; who is killed meanwhile does not
+        for one in (h, other):
+            one.p.send_signal(signal.SIGSTOP)
+            assert set(commit(lib.SY_OP_SPLIT, blocks(one, enclave), 0)) == {"COMPLETE"}
+        time.sleep(0.3)
+        assert h.mapped_huge() == 8
+        enclave.check()
+        other.p.kill()
+        other.p.wait(20)
+        h.p.send_signal(signal.SIGCONT)
+        wait_for(lambda: h.mapped_huge() == 0, 10, "it does not do what it was told")
+        assert (h.frames(enclave) == f).all()
+        h.ends_well()
+
+
 def test_killed_and_swapped_under_a_program(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
     several = [Huge(enclave, compiled, what, 24) for what in ("plain", "advised", "sparse")]
     for turn in range(6):

@@ -348,6 +348,10 @@ static void run_storer(void) {
         MUST(n && n <= SY_CHUNK_PAGES && c->args[0] + n <= SY_ARENA_PAGES && c->args[2] + n <= FRAMES && c->args[2] % n == 0, "a stub is told to move %lu pages from page %lu on to frame %lu", n, c->args[0], c->args[2]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : 1}; /* (who says so, and has not, has only more frames in hand) */
       }
+      if (c && c->op == SY_CMD_REMAP && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        MUST(c->args[1] == SY_CHUNK_PAGES && c->args[0] % SY_CHUNK_PAGES == 0 && c->args[0] < SY_ARENA_PAGES && c->args[2] % SY_CHUNK_PAGES == 0 && c->args[2] < FRAMES && c->args[4] <= SY_HUGE_ORDER, "a stub is told to map %lu pages from page %lu on in pieces of order %lu", c->args[1], c->args[0], c->args[4]);
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : SY_CHUNK_PAGES};
+      }
       if (a == honest) continue;
       if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
       for (uint32_t r = (uint32_t)c->args[0]; r != (uint32_t)c->args[1]; r++) {
