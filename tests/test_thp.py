@@ -224,9 +224,10 @@ def test_split_and_whole_again_while_threads_write(enclave: Enclave, compiled: C
         barriers = tables(enclave).frames["barrier"][f].copy()
         for turn, order in enumerate((0, 4, 8, 0) * 6):
             some = all_of_it[turn % 7 :: 5]
+            n = len(some)
             assert set(commit(lib.SY_OP_SPLIT, np.array(some) + 77, order)) == {"COMPLETE"}
-            wait_for(lambda n=len(some): h.mapped_huge() == MIB - 2 * n, 10, "they are still mapped by huge entries")
-            wait_for(lambda n=len(some): in_one_piece(h, enclave) == len(all_of_it) - n, 5, "the table does not say so")
+            wait_for(lambda n=n: h.mapped_huge() == MIB - 2 * n, 10, "they are still mapped by huge entries")
+            wait_for(lambda n=n: in_one_piece(h, enclave) == len(all_of_it) - n, 5, "the table does not say so")
             assert set(commit(lib.SY_OP_SPLIT, some, order)) == {"STALE"}  # they are in such pieces
             assert (h.frames(enclave) == f).all()
             assert set(commit(lib.SY_OP_COLLAPSE, np.array(some) + 5, HUGE, 0)) == {"COMPLETE"}
@@ -274,6 +275,156 @@ def test_split_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[
         wait_for(lambda: h.mapped_huge() == 0, 10, "it does not do what it was told")
         assert (h.frames(enclave) == f).all()
         h.ends_well()
+
+
+class Frontier(Huge):
+    """tests/programs/frontier.c: a region that is filled, and one that is not."""
+
+    def __init__(self, e: Enclave, compiled: Callable[[str], Path], mib: int) -> None:
+        self.p = e.popen([compiled("frontier"), mib], stdin=subprocess.PIPE)
+        assert self.p.stdout
+        self.mib = mib
+        self.regions = [int(x, 16) for x in self.p.stdout.readline().split()]
+        started.append(self.p)
+
+    def touch(self, region: int, first: int, n: int, step: int = 1) -> None:
+        assert self.p.stdin and self.p.stdout
+        self.p.stdin.write(f"{region} {first} {n} {step}\n")
+        self.p.stdin.flush()
+        assert self.p.stdout.readline() == "done\n"
+
+    def there(self, e: Enclave, region: int, chunk: int) -> np.ndarray[Any, Any]:
+        """Frames of one of its ranges of 2 MiB."""
+        f = tables(e).frames
+        first = (self.regions[region] - lib.SY_ARENA_START) // 4096 + chunk * PAGES
+        return np.flatnonzero((f["state"] == lib.SY_FRAME_MAPPED) & (f["asid"] == asid_of(e, self.p.pid)) & (f["vpage"] >= first) & (f["vpage"] < first + PAGES))
+
+    def after_one_touch(self, e: Enclave, region: int, chunk: int) -> int:
+        """Pages that there are then."""
+        assert not len(self.there(e, region, chunk))
+        self.touch(region, chunk * PAGES + 77, 1)
+        return int(wait_for(lambda: len(self.there(e, region, chunk)), 5, "the gateway has not heard of it"))
+
+    def demands_blocks(self, e: Enclave, chunk: int) -> None:
+        """The first touch there finds none ready, as nobody has wanted any before: buddy hears of it."""
+        self.after_one_touch(e, 0, chunk)
+        asid = asid_of(e, self.p.pid)
+
+        def ready() -> bool:
+            f = tables(e).frames
+            return bool(((f["state"] == lib.SY_FRAME_GRANTED) & (f["asid"] == asid) & (f["order"] == HUGE)).any())
+
+        wait_for(ready, 10, "no block comes")
+
+    def huge_here(self, region: int) -> int:
+        self.at = self.regions[region]
+        return self.mapped_huge()
+
+    def ends_well(self) -> None:
+        assert self.p.communicate(timeout=60)[0] == "wrong 0\n"
+        assert self.p.returncode == 0
+
+
+@pytest.fixture
+def page_by_page(enclave: Enclave) -> Iterator[None]:
+    """First touches begin with single pages: density shows."""
+    enclave.request(t="fault_order", asid=0, order=0, max_order=0)
+    yield
+    enclave.request(t="fault_order", asid=0, order=4, max_order=9)
+
+
+def told(e: Enclave, order: int) -> int:
+    """Ranges that have that order of their own."""
+    return int(e.component("thp")["dump"].get("ranges", {}).get(str(order), 0))
+
+
+def test_orders_grow_where_memory_is_used_densely(enclave: Enclave, compiled: Callable[[str], Path], page_by_page: None) -> None:
+    """One program, a region that is filled and one of which every eighth page is touched: step by step, and by range; shrinking as memory runs out."""
+    h = Frontier(enclave, compiled, 96)
+    h.touch(1, 0, 8 * PAGES // 8, 8)
+    h.touch(0, 0, PAGES)
+    wait_for(lambda: told(enclave, 4), 20, "no middle order")
+    assert h.after_one_touch(enclave, 0, 1) == 16  # behind one dense range
+    h.touch(0, PAGES, 5 * PAGES)
+    wait_for(lambda: told(enclave, HUGE), 20, "no whole blocks")
+    h.demands_blocks(enclave, 6)
+    huge = h.huge_here(0)
+    assert h.after_one_touch(enclave, 0, 7) == PAGES
+    f = h.there(enclave, 0, 7)
+    assert f[0] % PAGES == 0 and (np.diff(f) == 1).all() and (tables(enclave).frames["order"][f] == HUGE).all()
+    assert h.huge_here(0) >= huge + 2
+    assert h.after_one_touch(enclave, 1, 8) == 1 and h.huge_here(1) == 0  # nothing dense is near
+    # a new thp reads the same from the tables
+    os.kill(enclave.component("thp")["pid"], signal.SIGKILL)
+    wait_for(lambda: enclave.component("thp")["state"] == "online" and told(enclave, HUGE), 20, "the next one does not know")
+    assert h.after_one_touch(enclave, 0, 8) == PAGES and h.after_one_touch(enclave, 1, 9) == 1
+    # … and all of that is no longer so under pressure
+    p = waiting(enclave, RAM)
+    wait_for(lambda: not told(enclave, HUGE) and not told(enclave, 4), 20, "still large blocks, and no memory")
+    assert h.after_one_touch(enclave, 0, 10) < 16
+    lost_nothing(p)
+    h.ends_well()
+
+
+def test_no_more_is_wasted_than_its_share(enclave: Enclave, compiled: Callable[[str], Path], page_by_page: None) -> None:
+    """A program that fills some ranges and then touches one page of each: whole blocks until an eighth of memory is at stake, then smaller ones."""
+    share = RAM * 256 // 8
+    h = Frontier(enclave, compiled, 96)
+    h.touch(0, 0, 6 * PAGES)
+    wait_for(lambda: told(enclave, HUGE), 20, "no whole blocks")
+    h.demands_blocks(enclave, 6)
+    h.touch(0, 6 * PAGES, PAGES)
+    taken: list[int] = []
+    for chunk in range(7, 40):
+        before = enclave.component("thp")["dump"]["spent"]
+        taken.append(h.after_one_touch(enclave, 0, chunk))
+        if taken[-1] == PAGES:
+            wait_for(lambda before=before: enclave.component("thp")["dump"]["spent"] > before, 10, "it does not look")
+    blocks_taken = taken.count(PAGES)
+    assert 4 <= blocks_taken <= share // PAGES and set(taken[-12:]) <= {1, 16}, taken
+    h.ends_well()
+
+
+def present(pid: int, vpage: int) -> np.ndarray[Any, Any]:
+    """Which of a range's 512 pages the kernel has an entry for."""
+    with open(f"/proc/{pid}/pagemap", "rb") as f:
+        f.seek((lib.SY_ARENA_START // 4096 + vpage) * 8)
+        return np.frombuffer(f.read(8 * PAGES), np.uint64) >> np.uint64(63) == 1
+
+
+def test_kswapd_takes_a_part(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
+    """What is to leave a block is seen in time: the rest stays mapped, in pieces, without a fault; and the block comes back whole."""
+    h = Frontier(enclave, compiled, 16)
+    h.touch(0, 0, 4 * PAGES)
+    wait_for(lambda: h.huge_here(0) == 8, 20, "no huge blocks")
+    f = tables(enclave).frames
+    at = [int(h.there(enclave, 0, chunk)[0]) for chunk in (1, 2)]
+    some = np.concatenate([np.arange(first + 3, first + PAGES, 4) for first in at])
+    asid, vpages = asid_of(enclave, h.p.pid), f["vpage"][at].tolist()
+    before = enclave.status()["counters"]
+    with in_place_of(enclave, "kswapd") as commit:
+        try:
+            enclave.cli("watermarks", "4000", "8000", "24000")  # kswapd would be at work, but nothing has to leave at once
+            faults = next(a["faults"] for a in enclave.status()["address_spaces"] if a["asid"] == asid)
+            assert set(commit(lib.SY_OP_RECLAIM, some, 0, lib.SY_RECLAIM_STANDBY)) == {"COMPLETE"}
+            wait_for(lambda: enclave.status()["counters"]["split"] == before["split"] + 2 * PAGES, 20, "they are not split")
+            assert h.huge_here(0) <= 4 and not f["order"][[*range(at[0], at[0] + PAGES), *range(at[1], at[1] + PAGES)]].any()
+            # what stands by still does, and all is there but what was taken from sight
+            assert (f["flags"][some] & lib.SY_FF_STANDBY != 0).all()
+            for first, vpage in zip(at, vpages, strict=True):
+                wait_for(lambda a=first, v=vpage: (present(h.p.pid, v) == (f["flags"][a : a + PAGES] & lib.SY_FF_AGED == 0)).all(), 10, "not mapped")
+            assert set(commit(lib.SY_OP_RECLAIM, some, 0)) == {"COMPLETE"}
+            wait_for(lambda: enclave.status()["counters"]["swapped_out"] >= before["swapped_out"] + len(some), 20, "they do not leave")
+            for first, vpage in zip(at, vpages, strict=True):
+                stays = np.arange(PAGES) % 4 != 3
+                here = present(h.p.pid, vpage)
+                assert not here[~stays].any() and here[stays].sum() >= stays.sum() - np.count_nonzero(f["flags"][first : first + PAGES] & lib.SY_FF_AGED)
+            assert faults == next(a["faults"] for a in enclave.status()["address_spaces"] if a["asid"] == asid)
+        finally:
+            enclave.cli("watermarks", str(RAM * 2), str(RAM * 4), str(RAM * 8))
+    h.touch(0, 0, 4 * PAGES)
+    wait_for(lambda: h.huge_here(0) == 8, 30, "they are not whole again")
+    h.ends_well()
 
 
 def test_killed_and_swapped_under_a_program(enclave: Enclave, compiled: Callable[[str], Path]) -> None:

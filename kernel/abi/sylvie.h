@@ -118,7 +118,7 @@ enum sy_frame_state {
  * field whole (aligned); a decision is validated by the barrier, which changes with every change of the entry. */
 struct sy_frame {
   uint8_t state;
-  uint8_t order;      /* of the block that it was granted or reserved in; or in which it was mapped anew by SPLIT or COLLAPSE */
+  uint8_t order;      /* of the block that it was granted or reserved in; or, MAPPED, in which it is mapped: see SPLIT; taking it away makes that 0 */
   uint8_t node;
   uint8_t flags;
   uint32_t refcount;  /* page-table words that name it */

@@ -59,7 +59,7 @@ static uint32_t block_of(struct sy_gateway *g, uint32_t pfn) {
   uint32_t n = SY_CHUNK_PAGES, first = pfn - (uint32_t)(g->frames[pfn].vpage % n);
   return first <= pfn && first % n == 0 && movable(g, first, n) ? first : NONE;
 }
-/* Largest and smallest piece that a block is in, as far as we know: taking pages from sight (AGE) costs it a huge mapping, too. */
+/* Smallest and largest piece that a block is in. */
 static void pieces(struct sy_gateway *g, uint32_t first, uint32_t *least, uint32_t *most) {
   *least = SY_MAX_ORDER, *most = 0;
   for (uint32_t i = 0; i < SY_CHUNK_PAGES; i++) {
