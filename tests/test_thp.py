@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from test_swap import lost_nothing, swapped, tables, waiting
 
 from bus.client import Control, subscriber
 from bus.codec import decode_batch
-from kernel.abi import OP_DTYPE, lib, names
+from bus.policy import Transaction
+from components.thp import adaptive
+from kernel.abi import FRAME_DTYPE, OP_DTYPE, lib, names
 
 HUGE = lib.SY_HUGE_ORDER
 PAGES = lib.SY_CHUNK_PAGES
@@ -331,6 +334,85 @@ def page_by_page(enclave: Enclave) -> Iterator[None]:
     enclave.request(t="fault_order", asid=0, order=0, max_order=0)
     yield
     enclave.request(t="fault_order", asid=0, order=4, max_order=9)
+
+
+class Looks:
+    """A policy over tables of 64 MiB: fill(chunk, pages, order) maps pages of one of address space 1's ranges, look(chunk, touched) has all of them looked at."""
+
+    def __init__(self, free: int = 12000, usual: int = 0) -> None:
+        self.frames = np.zeros(32 * PAGES, FRAME_DTYPE)
+        mark = SimpleNamespace(free=free, high=64)
+        header = SimpleNamespace(watermark=[mark], default_fault_order=usual, default_fault_order_max=usual, limit=[SimpleNamespace(members=0)] * lib.SY_MAX_LIMITS)
+        self.policy = adaptive.Policy(self.frames, header, [(0, len(self.frames))], Transaction(self.frames), lambda: 0.0)
+        self.policy.rebuild()
+        self.used = 0
+
+    def fill(self, chunk: int, pages: int, order: int = 0) -> None:
+        at = self.frames[self.used * PAGES :][:pages]
+        at["state"], at["asid"], at["order"], at["vpage"] = lib.SY_FRAME_MAPPED, 1, order, chunk * PAGES + np.arange(pages)
+        self.used += 1
+
+    def look(self, chunk: int, touched: bool) -> None:
+        at = self.policy.heat[self.frames["vpage"] // PAGES == chunk]
+        at["looks"], at["seen"], at["source"] = 3, 128 * touched, lib.SY_HEAT_HINT
+        self.policy.heat[self.frames["vpage"] // PAGES == chunk] = at
+
+    def step(self) -> dict[int, int]:
+        """Ranges that were told an order (SY_ORDER_DEFAULT: as usual again), and which."""
+        self.policy.look_at = 0.0
+        self.policy.step()
+        ops = self.policy.txn.take()
+        ops = ops[(ops["op"] == lib.SY_OP_FAULT_ORDER) & (ops["barrier"] > 0) & (ops["barrier"] < lib.SY_CHUNKS)]
+        assert (ops["asid"] == 1).all()
+        return {int(o["pfn"]) + k: int(o["order"]) for o in ops for k in range(o["barrier"])}
+
+
+def test_rows_of_dense_ranges_say_what_comes_beyond() -> None:
+    t = Looks()
+    t.fill(100, PAGES)
+    t.fill(200, PAGES - 100)
+    assert t.step() == {99: 4, 101: 4}  # as far as the row is long; the other is not dense
+    for chunk in (101, 102, 103):
+        t.fill(chunk, PAGES - 20)
+    t.policy.header.default_fault_order = 4
+    # two directions, two blocks each are allowed (an eighth is four); what is usual anyway need not be said
+    assert t.step() == {99: HUGE, 98: HUGE, 101: lib.SY_ORDER_DEFAULT, 104: HUGE, 105: HUGE}
+    assert t.step() == {}
+    t.look(102, touched=False)  # nobody uses what is there: the row has ended, and so does the way of filling it
+    assert t.step() == dict.fromkeys((98, 99, 104, 105), lib.SY_ORDER_DEFAULT) | {102: 0}
+    t.look(102, touched=True)
+    assert t.step() == {102: lib.SY_ORDER_DEFAULT} | dict.fromkeys((98, 99, 104, 105), HUGE)
+    t.policy.header.watermark[0].free = 1000
+    assert t.step() == dict.fromkeys((98, 99, 104, 105), lib.SY_ORDER_DEFAULT)  # memory is short
+
+
+def test_blocks_count_until_somebody_has_looked() -> None:
+    t = Looks()
+    for chunk in range(100, 106):
+        t.fill(chunk, PAGES, HUGE if chunk > 102 else 0)
+    t.step()
+    assert t.policy.dump()["spent"] == 3 * PAGES and t.policy.told[1].tolist().count(HUGE) == 1  # one of four is left
+    t.look(103, touched=True)
+    t.look(104, touched=True)
+    t.step()
+    assert t.policy.dump()["spent"] == PAGES and t.policy.told[1].tolist().count(HUGE) == 3
+    t.look(105, touched=False)
+    t.step()
+    assert t.policy.dump()["spent"] == PAGES
+    t.fill(300, PAGES, HUGE)
+    t.fill(301, PAGES, HUGE)
+    t.fill(302, PAGES, HUGE)
+    t.step()
+    assert t.policy.dump()["spent"] == 4 * PAGES and HUGE not in t.policy.told[1]
+
+
+def test_thin_ranges_go_page_by_page_unless_there_is_plenty() -> None:
+    t = Looks(usual=4)
+    for chunk in range(100, 110):
+        t.fill(chunk, 40)
+    assert t.step() == {}
+    t.policy.header.watermark[0].free = 6000
+    assert t.step() == dict.fromkeys(range(90, 120), 0)
 
 
 def told(e: Enclave, order: int) -> int:
