@@ -1,6 +1,6 @@
-"""Blocks where memory is used densely, as Ingens has it (Kwon et al., OSDI '16: utilisation-based promotion, never more than one in ten pages unused once memory is
-scarce), range by range at first touch too, as HawkEye looks at regions of 2 MiB and their access coverage (Panwar et al., ASPLOS '19), and by way of a middle order, as
-Linux's mTHP (Documentation/admin-guide/mm/transhuge.rst).
+"""Blocks where memory is used densely, as Ingens has it (Kwon et al., OSDI '16: a range is promoted when 90 % of its pages are in use, and with fewer while memory is
+plentiful); range by range at first touch too, as HawkEye measures access coverage by regions of 2 MiB (Panwar et al., ASPLOS '19); and by way of a middle order, as Linux's
+mTHP (Documentation/admin-guide/mm/transhuge.rst). See docs/decisions/0016.
 
 Nothing is kept but what was told last: density is read from the tables at each look. Where ranges in a row are dense, first touches beyond both ends, the frontier, and in
 what is partly filled between, take larger blocks: the longer the row the larger, and as far ahead as it is long. A range of which pages are given back, swapped out or cold is
