@@ -161,8 +161,8 @@ class CollapsePolicy(BasePolicy):
         self.look_at = self.now() + PART * (self.now() - now) + (0.0 if chosen or short else 1.0)
 
     def _split(self, ranges: Ranges, now: float) -> None:
-        """Takes blocks apart of which kswapd wants some pages and others are in use. Of what is all cold nothing needs to stay mapped."""
-        part = np.flatnonzero(ranges.whole & (ranges.huge > 0) & (ranges.leaving > 0) & (ranges.staying > 0))
+        """Takes blocks apart of which kswapd wants some pages, or suspects them (AGE), and others are in use. Of what is all cold nothing needs to stay mapped."""
+        part = np.flatnonzero(ranges.whole & (ranges.huge > 0) & (ranges.leaving + ranges.hidden > 0) & (ranges.staying > 0))
         chosen = [i for i in part.tolist() if self.not_before.get(int(ranges.key[i]), 0.0) <= now][:AT_ONCE]
         self._ask(lib.SY_OP_SPLIT, ranges, chosen, 0, 0)
 

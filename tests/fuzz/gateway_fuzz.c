@@ -241,6 +241,7 @@ static void commit(void) {
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
     op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : op[i].op == SY_OP_COLLAPSE ? take(2) % 600 : 0;
     if (op[i].op == SY_OP_COLLAPSE && b & 32) op[i].order = SY_HUGE_ORDER;
+    if (op[i].op == SY_OP_SPLIT && b & 32) op[i].order %= SY_HUGE_ORDER;
     if (op[i].op == SY_OP_MERGE) op[i].arg = b & 16 ? op[i].pfn : a_pfn(as_of(p));
     if (op[i].op == SY_OP_MIGRATE) op[i].arg = b & 16 ? take(1) % 4 : SY_MIGRATE_TO | a_pfn(NULL);
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
