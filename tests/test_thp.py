@@ -489,8 +489,10 @@ def test_kswapd_takes_a_part(enclave: Enclave, compiled: Callable[[str], Path]) 
             enclave.cli("watermarks", "4000", "8000", "24000")  # kswapd would be at work, but nothing has to leave at once
             faults = next(a["faults"] for a in enclave.status()["address_spaces"] if a["asid"] == asid)
             assert set(commit(lib.SY_OP_RECLAIM, some, 0, lib.SY_RECLAIM_STANDBY)) == {"COMPLETE"}
-            wait_for(lambda: enclave.status()["counters"]["split"] == before["split"] + 2 * PAGES, 20, "they are not split")
-            assert h.huge_here(0) <= 4 and not f["order"][[*range(at[0], at[0] + PAGES), *range(at[1], at[1] + PAGES)]].any()
+            both = np.concatenate([np.arange(first, first + PAGES) for first in at])
+            wait_for(lambda: not f["order"][both].any(), 20, "they are not split")
+            # (the access monitor may look at pages of the others meanwhile, which are split then, too)
+            assert enclave.status()["counters"]["split"] >= before["split"] + 2 * PAGES and h.huge_here(0) <= 4
             # what stands by still does, and all is there but what was taken from sight
             assert (f["flags"][some] & lib.SY_FF_STANDBY != 0).all()
             for first, vpage in zip(at, vpages, strict=True):
