@@ -440,7 +440,12 @@ def test_orders_grow_where_memory_is_used_densely(enclave: Enclave, compiled: Ca
     os.kill(enclave.component("thp")["pid"], signal.SIGKILL)
     wait_for(lambda: enclave.component("thp")["state"] == "online" and told(enclave, HUGE), 20, "the next one does not know")
     assert h.after_one_touch(enclave, 0, 8) == PAGES and h.after_one_touch(enclave, 1, 9) == 1
-    # … and all of that is no longer so under pressure
+    # … one that has other plans does not keep to that
+    with policy(enclave, "thp", "madvise", "adaptive"):
+        wait_for(lambda: "spent" not in enclave.component("thp")["dump"] and str(asid_of(enclave, h.p.pid)) in enclave.component("thp")["dump"].get("orders", {}), 20, "it has not begun")
+        assert h.after_one_touch(enclave, 0, 9) == 1
+    wait_for(lambda: told(enclave, HUGE), 20, "the next one does not know")
+    # … and all of it is no longer so under pressure
     p = waiting(enclave, RAM)
     wait_for(lambda: not told(enclave, HUGE) and not told(enclave, 4), 20, "still large blocks, and no memory")
     assert h.after_one_touch(enclave, 0, 10) < 16

@@ -84,6 +84,8 @@ class CollapsePolicy(BasePolicy):
         self.orders: dict[int, tuple[int, int]] = {}  # by address space: the fault order that it was given, and up to which it grows
         self.look_at = 0.0
         self.collapsed = self.refused = self.split = 0
+        for asid in np.unique(self.frames["asid"][self.frames["state"] == MAPPED]).tolist():  # what another policy may have told of ranges
+            self.txn.fault_order(asid, lib.SY_ORDER_DEFAULT, 0, 0, lib.SY_CHUNKS)
 
     def page_collapsed(self, events: NDArray[np.void]) -> None:
         self.collapsed += len(events)
@@ -207,8 +209,6 @@ class CollapsePolicy(BasePolicy):
         sparse = np.bincount(at, weights=ranges.pages < PAGES // 16, minlength=len(asids)) / np.maximum(number, 1)
         for asid, n, full, thin in zip(asids.tolist(), number.tolist(), dense.tolist(), sparse.tolist(), strict=True):
             order = self.order_for(n, full, thin, free)
-            if asid not in self.orders and not self.only_advised:  # what another policy may have left
-                self.txn.fault_order(asid, lib.SY_ORDER_DEFAULT, 0, 0, lib.SY_CHUNKS)
             if self.orders.get(asid) != order:
                 self.orders[asid] = order
                 self.txn.fault_order(asid, *order)
