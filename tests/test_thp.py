@@ -245,6 +245,11 @@ def test_split_and_whole_again_while_threads_write(enclave: Enclave, compiled: C
         h.ends_well()
 
 
+def stopped(pid: int) -> bool:
+    """Have all its threads heard of SIGSTOP?"""
+    return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
 def test_split_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
     """Stale, malformed and forbidden; of a program that is stopped, killed or has other plans."""
     h, other = Huge(enclave, compiled, "plain", 8), Huge(enclave, compiled, "plain", 8)
@@ -268,6 +273,7 @@ def test_split_refused_and_nothing_changes(enclave: Enclave, compiled: Callable[
         # who is stopped is told, and does it when it goes on; who is killed meanwhile does not
         for one in (h, other):
             one.p.send_signal(signal.SIGSTOP)
+            wait_for(lambda pid=one.p.pid: stopped(pid), 10, "a thread goes on")
             assert set(commit(lib.SY_OP_SPLIT, blocks(one, enclave), 0)) == {"COMPLETE"}
         time.sleep(0.3)
         assert h.mapped_huge() == 8

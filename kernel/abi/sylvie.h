@@ -227,7 +227,7 @@ enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2, SY_ADVICE_MERGE = 4 /*
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7, SY_CMD_REMAP = 8 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7, SY_CMD_REMAP = 9 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
  * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages.
  * MOVE: args = vpage, n <= SY_CHUNK_PAGES within a chunk, pfn, from, most: these pages are mapped in the frames from pfn on, with the content that they have.
@@ -284,7 +284,7 @@ struct sy_header {
   uint32_t oom;                      /* enum sy_oom */
   uint32_t overcommit;               /* 1: no program's mappings are added up */
   uint64_t events_lost;              /* the gateway's own event ring was full */
-  uint64_t counters[32];             /* enum sy_counter */
+  uint64_t counters[40];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
   struct sy_watermarks watermark[SY_MAX_ZONES];
   struct sy_limit limit[SY_MAX_LIMITS];
@@ -322,7 +322,7 @@ enum sy_counter {
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
   SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27,
-  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29, SY_CNT_SPLIT = 30
+  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29, SY_CNT_SPLIT = 32
 };
 
 /* ---- transactions (component -> gateway) ---- */
