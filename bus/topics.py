@@ -22,7 +22,7 @@ _MEMBERS: dict[bytes, tuple[str, ...]] = {
         "PAGE_MOVED", "PAGE_SHARED", "SLOT_FREED", "SLOT_MOVED",
     ),
     b"frame": ("PAGE_FREED", "FRAMES_ONLINE", "FRAMES_TAKEN"),
-    b"move": ("PAGE_MIGRATED", "PAGE_COLLAPSED", "MOVE_REFUSED"),
+    b"move": ("PAGE_MIGRATED", "PAGE_COLLAPSED", "PAGE_SPLIT", "MOVE_REFUSED"),
     b"merge": ("PAGE_MERGED", "MERGE_REFUSED"),
     b"pressure": ("MAGAZINE_LOW", "RESERVE_LOW", "WATERMARK", "OOM", "PRESSURE", "HEAT_READY"),
     b"component": ("COMPONENT_UP", "COMPONENT_LOST", "OVERFLOW"),

@@ -1,5 +1,5 @@
-"""What every policy of thp shares: finding ranges to collapse, and learning from what became of it (mm/khugepaged.c). A policy says
-how full a range must be, and where."""
+"""What every policy of thp shares: finding ranges to collapse (mm/khugepaged.c) and blocks to split (mm/huge_memory.c: split_huge_page), and learning
+from what became of it. A policy says how full a range must be, and where."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ PAGES: int = lib.SY_CHUNK_PAGES  # 512: of a range, which is aligned to its size
 AT_ONCE = 16  # ranges collapsed in one step, at most; the gateway takes 8 of one address space
 PART = 20  # scanning takes at most 1/PART of the time
 DENSE = 0.9  # of a range's pages in use: it is nearly full
-WASTE = 8  # zero pages that collapses have added are at most 1/WASTE of RAM
+WASTE = 8  # pages that huge blocks have added, and of which nobody knows whether they are used, are at most 1/WASTE of RAM
+LEAVING = lib.SY_FF_STANDBY | lib.SY_FF_SWAPPING  # kswapd wants it
 
 
 class Ranges:
     """Every range of 512 aligned pages with a mapped frame, ascending by address space and address.
 
     :param frames: the frame table
+    :param heat: the heat array
     """
 
-    def __init__(self, frames: NDArray[np.void]) -> None:
+    def __init__(self, frames: NDArray[np.void], heat: NDArray[np.void]) -> None:
         pfn = np.flatnonzero(frames["state"] == MAPPED)
         vpage = frames["vpage"][pfn].astype(np.int64)
         key = frames["asid"][pfn].astype(np.int64) * lib.SY_CHUNKS + vpage // PAGES
@@ -40,7 +42,22 @@ class Ranges:
         # where a block would begin that has each page at its place: the same for all pages of a block
         begin = pfn - vpage % PAGES
         low, high = (f.reduceat(begin, first) if len(first) else self.key for f in (np.minimum, np.maximum))
-        self.block = (self.pages == PAGES) & (low == high) & (low % PAGES == 0)  # it is one block already
+        self.whole = (self.pages == PAGES) & (low == high) & (low % PAGES == 0)  # it is one block, mapped by one entry or in pieces
+
+        def count(some: NDArray[np.bool_]) -> NDArray[np.int64]:
+            return np.add.reduceat(some, first, dtype=np.int64) if len(first) else self.key
+
+        flags, seen = frames["flags"][pfn], heat[pfn]
+        aged = flags & lib.SY_FF_AGED != 0
+        self.huge = count(frames["order"][pfn] == lib.SY_HUGE_ORDER)  # pages mapped in a block of 512
+        self.hidden = count(aged)  # … taken from sight, and not touched since
+        self.leaving = count(flags & LEAVING != 0)  # … that kswapd wants
+        self.staying = count((flags & LEAVING == 0) & ~aged)  # … that it does not even suspect
+        # Single pages are what hint faults look at; by the other sources (a folio at once) only the cold ones say something.
+        single, cold = seen["source"] == lib.SY_HEAT_HINT, (seen["looks"] > 0) & (seen["seen"] == 0)
+        self.looked, self.unseen = count(single & (seen["looks"] > 0)), count(single & cold)
+        self.cold = count(aged | (cold & ~single))
+        self.block = self.whole & (self.huge == PAGES)  # mapped by one entry
 
     @property
     def asid(self) -> NDArray[np.int64]:
@@ -63,10 +80,12 @@ class CollapsePolicy(BasePolicy):
         self.not_before: dict[int, float] = {}  # by range: refused, so not again before
         self.pause: dict[int, float] = {}  # … and how long it was put off last
         self.filled: dict[int, int] = {}  # by range: zero pages that its collapse added
-        self.asked: dict[int, int] = {}  # by the frame that a COLLAPSE named: its range
+        self.asked: dict[int, int] = {}  # by the frame that a COLLAPSE or SPLIT named: its range
         self.orders: dict[int, tuple[int, int]] = {}  # by address space: the fault order that it was given, and up to which it grows
         self.look_at = 0.0
-        self.collapsed = self.refused = 0
+        self.collapsed = self.refused = self.split = 0
+        for asid in np.unique(self.frames["asid"][self.frames["state"] == MAPPED]).tolist():  # what another policy may have told of ranges
+            self.txn.fault_order(asid, lib.SY_ORDER_DEFAULT, 0, 0, lib.SY_CHUNKS)
 
     def page_collapsed(self, events: NDArray[np.void]) -> None:
         self.collapsed += len(events)
@@ -74,6 +93,11 @@ class CollapsePolicy(BasePolicy):
             key = asid * lib.SY_CHUNKS + vpage // PAGES
             self.filled[key] = PAGES - there
             self.pause.pop(key, None)
+
+    def page_split(self, events: NDArray[np.void]) -> None:
+        self.split += len(events)
+        for asid, vpage in zip(events["asid"].tolist(), events["vpage"].tolist(), strict=True):
+            self._put_off(asid * lib.SY_CHUNKS + vpage // PAGES, 1.0)
 
     def move_refused(self, events: NDArray[np.void]) -> None:
         for e in events[events["pfn"] == lib.SY_NO_FRAME]:
@@ -112,23 +136,49 @@ class CollapsePolicy(BasePolicy):
         free = sum(int(m.free) for m in marks)
         return free / len(self.frames), max(0, free - 2 * sum(int(m.high) for m in marks)) // PAGES
 
+    def short(self) -> bool:
+        """Is kswapd at work anywhere, on a node or within a limit?"""
+        zones = [*range(len(self.nodes)), *(lib.SY_MAX_NODES + k for k in range(lib.SY_MAX_LIMITS) if self.header.limit[k].members)]
+        return any(self.header.watermark[z].free < 2 * self.header.watermark[z].high for z in zones)
+
+    def left(self, ranges: Ranges) -> int:
+        """Pages that may still be wasted."""
+        return max(0, len(self.frames) // WASTE - sum(self.filled.values()))
+
     def step(self) -> None:
         now = self.now()
         if now < self.look_at:
             return
         free, blocks = self.room()
-        ranges = Ranges(self.frames)
-        blocks_now = set(ranges.key[ranges.block].tolist())
-        self.filled = {k: n for k, n in self.filled.items() if k in blocks_now}
-        self._set_orders(ranges, free)
-        chosen = self._choose(ranges, self.max_ptes_none(free), min(blocks, AT_ONCE), now)
-        self.look_at = self.now() + PART * (self.now() - now) + (0.0 if chosen else 1.0)
+        short = self.short()
+        ranges = Ranges(self.frames, self.heat)
+        whole = set(ranges.key[ranges.whole].tolist())
+        self.filled = {k: n for k, n in self.filled.items() if k in whole}
+        self.asked = {}
+        left = self.left(ranges)
+        self._set_orders(ranges, free, min(left // PAGES, blocks))
+        chosen = self._choose(ranges, self.max_ptes_none(free), min(blocks, AT_ONCE), left, short, now)
+        if short:
+            self._split(ranges, now)
+        self.look_at = self.now() + PART * (self.now() - now) + (0.0 if chosen or short else 1.0)
 
-    def _choose(self, ranges: Ranges, most: int, count: int, now: float) -> int:
-        """Has up to ``count`` ranges collapsed of which at most ``most`` pages are untouched; number."""
-        full = np.flatnonzero(~ranges.block & (ranges.pages >= PAGES - most))
+    def _split(self, ranges: Ranges, now: float) -> None:
+        """Takes blocks apart of which kswapd wants some pages, or suspects them (AGE), and others are in use. Of what is all cold nothing needs to stay mapped."""
+        part = np.flatnonzero(ranges.whole & (ranges.huge > 0) & (ranges.leaving + ranges.hidden > 0) & (ranges.staying > 0))
+        chosen = [i for i in part.tolist() if self.not_before.get(int(ranges.key[i]), 0.0) <= now][:AT_ONCE]
+        self._ask(lib.SY_OP_SPLIT, ranges, chosen, 0, 0)
+
+    def _ask(self, op: int, ranges: Ranges, chosen: list[int], order: int, arg: int) -> None:
+        self.txn.add(op, ranges.pfn[chosen], order, arg=arg)
+        self.asked |= zip(ranges.pfn[chosen].tolist(), ranges.key[chosen].tolist(), strict=True)
+
+    def _choose(self, ranges: Ranges, most: int, count: int, waste: int, short: bool, now: float) -> int:
+        """Has up to ``count`` ranges collapsed of which at most ``most`` pages are untouched, together no more than ``waste``; number.
+        ``short``: nothing of which kswapd wants a part."""
+        # (where somebody waits for a touch of a page, and all else is in place already, it would come to nothing)
+        may = ~ranges.block & ~(ranges.whole & (ranges.hidden > 0)) & ~(short & (ranges.leaving > 0))
+        full = np.flatnonzero(may & (ranges.pages >= PAGES - most))
         full = full[np.argsort(-ranges.pages[full], kind="stable")]
-        waste = len(self.frames) // WASTE - sum(self.filled.values())
         chosen: list[int] = []
         for i in full.tolist():
             if len(chosen) == count:
@@ -139,9 +189,7 @@ class CollapsePolicy(BasePolicy):
             waste -= missing
             chosen.append(i)
         if chosen:
-            arg = most | (lib.SY_COLLAPSE_ADVISED if self.only_advised else 0)
-            self.txn.add(lib.SY_OP_COLLAPSE, ranges.pfn[chosen], lib.SY_HUGE_ORDER, arg=arg)
-            self.asked = dict(zip(ranges.pfn[chosen].tolist(), ranges.key[chosen].tolist(), strict=True))
+            self._ask(lib.SY_OP_COLLAPSE, ranges, chosen, lib.SY_HUGE_ORDER, most | (lib.SY_COLLAPSE_ADVISED if self.only_advised else 0))
         return len(chosen)
 
     def default_order(self) -> tuple[int, int]:
@@ -153,21 +201,20 @@ class CollapsePolicy(BasePolicy):
         (nearly) empty."""
         return self.default_order()
 
-    def _set_orders(self, ranges: Ranges, free: float) -> None:
+    def _set_orders(self, ranges: Ranges, free: float, blocks: int) -> None:
+        """Fault orders, now that so much is free; no more than ``blocks`` blocks of 512 may be taken for what was not touched."""
         asids, at = np.unique(ranges.asid, return_inverse=True)
         number = np.bincount(at, minlength=len(asids))
         dense = np.bincount(at, weights=ranges.pages >= DENSE * PAGES, minlength=len(asids)) / np.maximum(number, 1)
         sparse = np.bincount(at, weights=ranges.pages < PAGES // 16, minlength=len(asids)) / np.maximum(number, 1)
         for asid, n, full, thin in zip(asids.tolist(), number.tolist(), dense.tolist(), sparse.tolist(), strict=True):
             order = self.order_for(n, full, thin, free)
-            if asid not in self.orders and not self.only_advised:  # what another policy may have left
-                self.txn.fault_order(asid, lib.SY_ORDER_DEFAULT, 0, 0, lib.SY_CHUNKS)
             if self.orders.get(asid) != order:
                 self.orders[asid] = order
                 self.txn.fault_order(asid, *order)
 
     def result(self, ops: NDArray[np.void]) -> None:
-        failed = ops[(ops["result"] != lib.SY_R_COMPLETE) & (ops["op"] == lib.SY_OP_COLLAPSE)]
+        failed = ops[(ops["result"] != lib.SY_R_COMPLETE) & np.isin(ops["op"], (lib.SY_OP_COLLAPSE, lib.SY_OP_SPLIT))]
         for pfn, result in zip(failed["pfn"].tolist(), failed["result"].tolist(), strict=True):
             if result == lib.SY_R_NOT_PERMITTED:
                 self._put_off(self.asked[pfn], 16.0)
@@ -177,5 +224,5 @@ class CollapsePolicy(BasePolicy):
                 self._put_off(self.asked[pfn], 0.2)
 
     def dump(self) -> dict[str, Any]:
-        return {"collapsed": self.collapsed, "refused": self.refused, "filled": sum(self.filled.values()), "put_off": len(self.not_before),
+        return {"collapsed": self.collapsed, "split": self.split, "refused": self.refused, "filled": sum(self.filled.values()), "put_off": len(self.not_before),
                 "orders": {str(asid): list(order) for asid, order in list(self.orders.items())[-16:]}}  # fmt: skip

@@ -12,7 +12,7 @@ MADV_HUGEPAGE = 14
 
 
 class Policy(CollapsePolicy):
-    """madvise. A first touch there takes a block at once, as Linux's does (FAULT_ORDER of the range)."""
+    """madvise. A first touch there takes a block at once, as Linux's does (FAULT_ORDER of the range); where it was asked for before this process began, COLLAPSE makes it."""
 
     only_advised = True
 

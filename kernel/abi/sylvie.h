@@ -71,10 +71,11 @@ enum sy_msg_type {
   SY_MSG_PAGE_PREFETCHED = 223, /* asid, vpage, pfn = where it is now; arg as of PAGE_REFAULT: PREFETCH has brought it back */
   SY_MSG_PAGE_MIGRATED = 224, /* asid, vpage, npages, order; pfn = where it is now; arg = where it was. PAGE_MAPPED and PAGE_FREED have come before */
   SY_MSG_PAGE_COLLAPSED = 225,/* asid, vpage, npages, order; pfn = the block that it is now; arg = pages that there were before: the others are zero */
-  SY_MSG_MOVE_REFUSED = 226,  /* asid, vpage, npages, order; pfn = where it still is, or none: a COLLAPSE; arg = errno */
+  SY_MSG_MOVE_REFUSED = 226,  /* asid, vpage, npages, order; pfn = where it still is, or none: a COLLAPSE, or a SPLIT (order below 9); arg = errno */
   SY_MSG_PAGE_SHARED = 227,   /* stub -> gateway: vpage, npages; pfn: as MERGE wanted, these frames of its own may be shared now */
   SY_MSG_PAGE_MERGED = 228,   /* asid, vpage, npages, order; pfn = the SHARED frames that they are in; arg = where they were: FREE now, or the same */
   SY_MSG_MERGE_REFUSED = 229, /* asid, vpage, npages, order; pfn = where they still are; arg = errno. EILSEQ: they differ */
+  SY_MSG_PAGE_SPLIT = 230,    /* asid, vpage, npages, pfn: a block, as before; the kernel maps it in pieces of 2^order now */
   SY_MSG_TEST = 219           /* arg is free: for measurement of the bus */
 };
 
@@ -117,7 +118,7 @@ enum sy_frame_state {
  * field whole (aligned); a decision is validated by the barrier, which changes with every change of the entry. */
 struct sy_frame {
   uint8_t state;
-  uint8_t order;      /* of the block that it was granted or reserved in */
+  uint8_t order;      /* of the block that it was granted or reserved in; or, MAPPED, in which it is mapped: see SPLIT; taking it away makes that 0 */
   uint8_t node;
   uint8_t flags;
   uint32_t refcount;  /* page-table words that name it */
@@ -230,14 +231,16 @@ enum sy_advice { SY_ADVICE_HUGE = 1, SY_ADVICE_SMALL = 2, SY_ADVICE_MERGE = 4 /*
 #define SY_STORE_WAITERS 3           /* the fault threads, and the command thread */
 #define SY_MAG_SLOTS 512             /* blocks a ring of one order holds; power of two */
 /* RELEASE: everything in the arena becomes native memory, and what comes later too; the service threads end. */
-enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7, SY_CMD_OWN = 8 };
+enum sy_cmd_op { SY_CMD_NOP = 0, SY_CMD_SYSCALL = 1, SY_CMD_PING = 2, SY_CMD_RELEASE = 3, SY_CMD_EVICT = 4, SY_CMD_PREFETCH = 5, SY_CMD_MOVE = 6, SY_CMD_SHARE = 7, SY_CMD_OWN = 8, SY_CMD_REMAP = 9 };
 /* EVICT: args = from, to: of the runs evict[from % RUNS] to evict[(to - 1) % RUNS], what is still there as said, and not locked, is taken away;
  * result = pages. PREFETCH: args = vpage, n: of these pages those that are in the store come back, while blocks are ready; result = pages.
  * MOVE: args = vpage, n <= SY_CHUNK_PAGES within a chunk, pfn, from, most: these pages are mapped in the frames from pfn on, with the content that they have.
  * from: where they must be now, one after the other; or SY_NO_FRAME: anywhere, and at most `most` may be untouched. result = pages that there were, or -errno:
  * nothing has changed. SHARE: args = vpage, n, to, from: these pages, which must be in the frames from `from` on, share those from `to` on, if they hold the same
  * (SHARED, or to = from). result as of MOVE. OWN: args = vpage, n, pfn: of these pages those that are SHARED_RO in the frames from pfn on are the program's alone
- * again; result = pages. args[3] = ctl.forks when that was decided: if another has begun since, -EAGAIN, as they may be shared again. */
+ * again; result = pages. args[3] = ctl.forks when that was decided: if another has begun since, -EAGAIN, as they may be shared again.
+ * REMAP: args = vpage, n = SY_CHUNK_PAGES, pfn, -, order: these pages, which must be in the frames from pfn on, stay there
+ * and are mapped in pieces of 2^order; result = n, or as of MOVE. */
 #define SY_EVICT_RUNS 2048
 #define SY_FETCH_PAGES 32            /* of one FETCH, at most */
 #define SY_FETCH_BYTES 131072
@@ -290,7 +293,7 @@ struct sy_header {
   uint32_t oom;                      /* enum sy_oom */
   uint32_t overcommit;               /* 1: no program's mappings are added up */
   uint64_t events_lost;              /* the gateway's own event ring was full */
-  uint64_t counters[32];             /* enum sy_counter */
+  uint64_t counters[40];             /* enum sy_counter */
   struct sy_component component[SY_MAX_COMPONENTS];
   struct sy_watermarks watermark[SY_MAX_ZONES];
   struct sy_limit limit[SY_MAX_LIMITS];
@@ -328,7 +331,7 @@ enum sy_counter {
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
   SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27,
-  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29 /* pages copied by a write to what was shared */, SY_CNT_FORK_SHARED = 30, SY_CNT_FORKS_PARTED = 31
+  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29 /* pages copied by a write to what was shared */, SY_CNT_FORK_SHARED = 30, SY_CNT_FORKS_PARTED = 31, SY_CNT_SPLIT = 32
 };
 
 /* ---- transactions (component -> gateway) ---- */
@@ -344,7 +347,8 @@ enum sy_op_code {
  * the FREE block that it shall be in. */
 #define SY_MIGRATE_TO 0x100000000
 /* COLLAPSE, order 9: frame pfn is MAPPED somewhere in the 512 aligned pages that are meant. arg = pages of them that may be untouched (Linux's
- * max_ptes_none), and this if only where the program asked for it (MADV_HUGEPAGE). */
+ * max_ptes_none), and this if only where the program asked for it (MADV_HUGEPAGE). Frames that are a block already, in pieces, stay where they are.
+ * SPLIT into pieces of 2^order, below 9: frame pfn is MAPPED somewhere in a whole aligned block of 512, of pages that are one block, too; arg 0. */
 #define SY_COLLAPSE_ADVISED 0x10000
 /* MERGE of a block of 2^order frames, MAPPED one after the other in one address space: arg = the first of the frames that they shall share: SHARED, by at most
  * SY_MAX_SHARING pages each; or the same block: then it is there to be shared. */

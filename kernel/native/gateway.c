@@ -154,7 +154,8 @@ struct wish { uint32_t asid, vpage, n; };
 #define PREFETCH_RING 1024
 
 /* Pages that are to go to other frames; from: NONE for a COLLAPSE, of which `most` pages may be untouched. */
-struct move { uint32_t asid, vpage, n, to, from, most, share; }; /* share: a MERGE */
+enum move_kind { TO_MOVE = 0, TO_SHARE = 1 /* MERGE */, TO_REMAP = 2 /* in pieces of 2^most, where they are */ };
+struct move { uint32_t asid, vpage, n, to, from, most, kind; };
 
 /* A page that is in a SHARED frame. pending: its stub has not answered yet; missed: see resync_shared. */
 struct holder { uint32_t asid, vpage, next; uint16_t pending, missed; };

@@ -1,4 +1,4 @@
-/* gateway, part: pages that go to other frames (MIGRATE, COLLAPSE); stub_move.h says how. A commit takes the frames that they go to, and queues; the
+/* gateway, part: pages that go to other frames (MIGRATE, COLLAPSE), or stay there and are mapped otherwise (SPLIT, COLLAPSE); stub_move.h says how. A commit takes the frames that they go to, and queues; the
  * server thread tells the stub; its answer ends it, and an event says how. */
 /* A FREE block in a node, ISOLATED; NONE: there is none (under lock). */
 static uint32_t block_in(struct sy_gateway *g, uint32_t node, int order) {
@@ -54,6 +54,35 @@ static uint32_t migrate(struct sy_gateway *g, const struct sy_op *op) {
   if (!a || (to == NONE && g->frames[op->pfn].node == op->arg)) return SY_R_STALE;
   return queue_move(g, a, (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, 0, 0}, (uint32_t)op->arg, op->order);
 }
+/* The aligned block in which frame pfn is, if all of it is pages of one address space that are such a block, too, and may move; NONE: it is not. */
+static uint32_t block_of(struct sy_gateway *g, uint32_t pfn) {
+  uint32_t n = SY_CHUNK_PAGES, first = pfn - (uint32_t)(g->frames[pfn].vpage % n);
+  return first <= pfn && first % n == 0 && movable(g, first, n) ? first : NONE;
+}
+/* Smallest and largest piece that a block is in. */
+static void pieces(struct sy_gateway *g, uint32_t first, uint32_t *least, uint32_t *most) {
+  *least = SY_MAX_ORDER, *most = 0;
+  for (uint32_t i = 0; i < SY_CHUNK_PAGES; i++) {
+    uint32_t o = g->frames[first + i].order;
+    if (o < *least) *least = o;
+    if (o > *most) *most = o;
+  }
+}
+static uint32_t queue_remap(struct sy_gateway *g, struct as *a, uint32_t first, uint32_t order) {
+  if (a->moving + SY_CHUNK_PAGES > MOVING_MOST || a->moves >= MOVES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
+  g->move[g->move_head++ % MOVE_RING] = (struct move){a->asid, (uint32_t)g->frames[first].vpage, SY_CHUNK_PAGES, first, first, order, TO_REMAP};
+  a->moving += SY_CHUNK_PAGES, a->moves++;
+  return SY_R_COMPLETE;
+}
+static uint32_t split(struct sy_gateway *g, const struct sy_op *op) {
+  uint32_t least, most;
+  if (op->order >= SY_HUGE_ORDER || op->pfn >= g->nframes || op->arg) return SY_R_INVALID;
+  if (g->frames[op->pfn].barrier != op->barrier) return SY_R_STALE;
+  uint32_t first = block_of(g, op->pfn);
+  if (first == NONE) return SY_R_STALE;
+  pieces(g, first, &least, &most);
+  return most <= op->order ? SY_R_STALE : queue_remap(g, find_as(g, g->frames[first].asid), first, op->order);
+}
 static uint32_t collapse(struct sy_gateway *g, const struct sy_op *op) {
   uint32_t most = (uint32_t)op->arg & 0xffff, n = SY_CHUNK_PAGES;
   if (op->order != SY_HUGE_ORDER || op->pfn >= g->nframes || op->arg & ~(uint64_t)(SY_COLLAPSE_ADVISED | 0xffff) || most >= n) return SY_R_INVALID;
@@ -61,16 +90,39 @@ static uint32_t collapse(struct sy_gateway *g, const struct sy_op *op) {
   if (f->barrier != op->barrier) return SY_R_STALE;
   struct as *a = movable(g, op->pfn, 1);
   if (!a) return SY_R_STALE;
-  uint32_t vpage = (uint32_t)f->vpage & ~(n - 1), first = op->pfn - (uint32_t)(f->vpage - vpage);
+  uint32_t vpage = (uint32_t)f->vpage & ~(n - 1), first = block_of(g, op->pfn), least, largest;
   uint8_t is = a->mem[SY_AS_ADVICE_OFF + vpage / n];
   if (is & SY_ADVICE_SMALL || (op->arg & SY_COLLAPSE_ADVISED && !(is & SY_ADVICE_HUGE))) return SY_R_NOT_PERMITTED;
-  if (first % n == 0 && first < g->nframes && g->frames[first].vpage == vpage && movable(g, first, n)) return SY_R_STALE; /* it is one block already */
+  if (first != NONE) {
+    pieces(g, first, &least, &largest);
+    return least >= SY_HUGE_ORDER ? SY_R_STALE : queue_remap(g, a, first, SY_HUGE_ORDER); /* (it is mapped so already; or only that is missing) */
+  }
   return queue_move(g, a, (struct move){a->asid, vpage, n, NONE, NONE, most, 0}, f->node, SY_HUGE_ORDER);
+}
+/* The same of a block that stays where it is. Its barriers stay, too: nothing that others have decided on has changed, and what stands by still leaves. */
+static void remapped(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked) {
+  uint32_t n = (uint32_t)args[1], first = (uint32_t)args[2], order = (uint32_t)args[4];
+  int whole = order == SY_HUGE_ORDER;
+  struct sy_msg m = {.type = SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)order, .pfn = SY_NO_FRAME, .arg = (uint64_t)-r};
+  pthread_mutex_lock(&g->lock);
+  a->moving -= n, a->moves--;
+  if (asked) drain_as(g, a, 2 * SY_CHANNEL_SLOTS);
+  for (uint32_t i = 0; r >= 0 && i < n; i++) {
+    struct sy_frame *f = &g->frames[first + i];
+    if (f->state != SY_FRAME_MAPPED || f->asid != a->asid || f->vpage != args[0] + i) continue;
+    f->order = (uint8_t)order;
+    if (whole) f->flags &= (uint8_t)~SY_FF_AGED; /* it is mapped again */
+  }
+  if (r >= 0) m.type = whole ? SY_MSG_PAGE_COLLAPSED : SY_MSG_PAGE_SPLIT, m.pfn = first, m.arg = whole ? n : 0, m.node = g->frames[first].node;
+  count(g, r < 0 ? SY_CNT_MOVES_REFUSED : whole ? SY_CNT_COLLAPSED : SY_CNT_SPLIT, n);
+  event(g, m);
+  pthread_mutex_unlock(&g->lock);
 }
 /* Server thread: the stub's answer, pages that were moved or -errno; or it will give none (asked 0), and is about to end. */
 static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked) {
   uint32_t n = (uint32_t)args[1], to = (uint32_t)args[2], from = (uint32_t)args[3];
-  int share = (int)args[5];
+  int share = args[5] == TO_SHARE;
+  if (args[5] == TO_REMAP) return remapped(g, a, args, r, asked);
   struct sy_msg m = {.type = share ? SY_MSG_MERGE_REFUSED : SY_MSG_MOVE_REFUSED, .asid = a->asid, .vpage = args[0], .npages = n, .order = (uint16_t)(31 - __builtin_clz(n)), .pfn = from, .arg = (uint64_t)-r};
   pthread_mutex_lock(&g->lock);
   a->moving -= n, a->moves--;
@@ -103,9 +155,11 @@ static void send_moves(struct sy_gateway *g) {
     pthread_mutex_unlock(&g->lock);
     if (!some) return;
     if (!a || a->dying) continue; /* its frames are buried with it */
-    uint64_t args[6] = {m.vpage, m.n, m.to, m.from, m.most, m.share};
+    static const uint32_t told[] = {SY_CMD_MOVE, SY_CMD_SHARE, SY_CMD_REMAP};
+    uint64_t args[6] = {m.vpage, m.n, m.to, m.from, m.most, m.kind};
+    int huge = m.kind == TO_REMAP ? m.most == SY_HUGE_ORDER : m.kind == TO_MOVE && m.from == NONE; /* a COLLAPSE */
     /* prctl(PR_SET_THP_DISABLE) */
-    if (m.from == NONE && !m.share && status_field(g, a->pid, "\nTHP_enabled:") == 0) moved(g, a, args, -EPERM, 1);
-    else if (command(g, a, m.share ? SY_CMD_SHARE : SY_CMD_MOVE, 0, args, NULL, 0)) moved(g, a, args, -ENOMEM, 1);
+    if (huge && status_field(g, a->pid, "\nTHP_enabled:") == 0) moved(g, a, args, -EPERM, 1);
+    else if (command(g, a, told[m.kind], 0, args, NULL, 0)) moved(g, a, args, -ENOMEM, 1);
   }
 }

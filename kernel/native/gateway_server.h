@@ -348,7 +348,7 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
         if (p->cmd_id) a->outstanding--;
         if (p->op == SY_CMD_PREFETCH) prefetched(g, a, p->args[1]);
         if (p->op == SY_CMD_OWN && r < 0) not_owned(g, a, p->args);
-        if (p->op == SY_CMD_MOVE || p->op == SY_CMD_SHARE) moved(g, a, p->args, r, done);
+        if (p->op == SY_CMD_MOVE || p->op == SY_CMD_SHARE || p->op == SY_CMD_REMAP) moved(g, a, p->args, r, done);
         if (p->op == SY_CMD_EVICT) evicted(g, a, (uint32_t)p->args[0], (uint32_t)p->args[1]);
         if (p->listener) {
           int too_late = !done && a->released; /* the kernel can do it now */
@@ -820,8 +820,7 @@ static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: wh
   case SY_OP_AGE: return component == SY_C_KSWAPD || component == SY_C_AUTONUMA ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_RECLAIM: case SY_OP_PREFETCH: return component == SY_C_KSWAPD ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_FAULT_ORDER: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_COLLAPSE: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_RUN: return component == SY_C_SCHED ? SY_R_INVALID : SY_R_NOT_PERMITTED;
@@ -848,6 +847,7 @@ static uint32_t phase1(struct sy_gateway *g, uint32_t component, struct sy_op *o
     return SY_R_COMPLETE;
   }
   if (op->op == SY_OP_COLLAPSE) return collapse(g, op);
+  if (op->op == SY_OP_SPLIT) return split(g, op);
   if (op->op == SY_OP_PREFETCH) return op->order || op->pfn >= g->hdr->slots || op->arg >= SY_ARENA_PAGES ? SY_R_INVALID : prefetch(g, op);
   uint32_t n = op->order <= SY_MAX_ORDER ? 1u << op->order : 0;
   if (!n || (op->op == SY_OP_GRANT && op->order > SY_HUGE_ORDER) || op->pfn >= g->nframes || op->pfn % n || n > g->nframes - op->pfn) return SY_R_INVALID;

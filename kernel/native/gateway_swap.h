@@ -23,6 +23,7 @@ static uint32_t take_run(struct sy_gateway *g, uint32_t pfn, uint32_t n, uint8_t
   for (uint32_t i = 0; i < n; i++) {
     if (flag == SY_FF_SWAPPING) leave(g, a, &f[i]);
     else f[i].flags |= flag;
+    f[i].order = 0; /* the kernel drops a huge entry of which a part is taken: whatever comes back is mapped by small ones */
   }
   struct sy_run *last = a->evict_tail != a->evict_sent ? &a->mag->evict[(a->evict_tail - 1) % SY_EVICT_RUNS] : NULL;
   if (last && last->flag == flag && last->pfn + last->n == pfn && last->vpage + last->n == f->vpage && last->n + n <= SY_CHUNK_PAGES)

@@ -455,6 +455,10 @@ static void run_command(const struct sy_cmd *c) {
     lock_and_serve();
     r = mode == MANAGED ? move_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3], (uint64_t)a[4]) : -EAGAIN;
     unlock();
+  } else if (c->op == SY_CMD_REMAP) {
+    lock_and_serve();
+    r = mode == MANAGED ? remap_block((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (int)a[4]) : -EAGAIN;
+    unlock();
   } else if (c->op == SY_CMD_SHARE) {
     lock_and_serve();
     r = mode == MANAGED ? share_pages((uint64_t)a[0], (uint64_t)a[1], (uint32_t)a[2], (uint32_t)a[3]) : -EAGAIN;

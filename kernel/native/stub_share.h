@@ -172,18 +172,6 @@ static void map_shared_again(int me, uint64_t p) {
   }
   wake(lo, hi - lo);
 }
-/* If the pages of a chunk are one block again, one mapping makes them so for the kernel, too: a huge one. Command thread, under mm_lock. */
-static void mend_block(uint64_t p) {
-  static word_t was[SY_CHUNK_PAGES];
-  uint64_t b = p & ~(uint64_t)(SY_CHUNK_PAGES - 1), k = 0;
-  word_t w = LOAD(pte[b]) & ~(word_t)SY_PTE_CONTENDED;
-  if ((w & SY_PTE_STATE_MASK) != SY_PTE_PRESENT || (w >> SY_PTE_PFN_SHIFT) % SY_CHUNK_PAGES || advice[b / SY_CHUNK_PAGES] & SY_ADVICE_SMALL) return;
-  for (uint64_t i = 0; i < SY_CHUNK_PAGES; i++)
-    if (attr[b + i] != attr[b] || LOAD(pte[b + i]) != w + (i << SY_PTE_PFN_SHIFT)) return;
-  for (; k < SY_CHUNK_PAGES && lock_as(b + k, w + (k << SY_PTE_PFN_SHIFT)); k++) was[k] = w + (k << SY_PTE_PFN_SHIFT);
-  if (k == SY_CHUNK_PAGES) map_frames(b, (uint32_t)(w >> SY_PTE_PFN_SHIFT), k, kprot(attr[b])); /* (refused: as it was) */
-  not_moved(b, k, was);
-}
 /* SY_CMD_OWN; command thread, under mm_lock. */
 static long own_pages(uint64_t p, uint64_t n, uint32_t pfn, uint64_t forks) {
   static word_t was[SY_CHUNK_PAGES];
@@ -206,6 +194,5 @@ static long own_pages(uint64_t p, uint64_t n, uint32_t pfn, uint64_t forks) {
     not_moved(p + i, k, was);
     if (r < 0) return r;
   }
-  if (pages && pages < SY_CHUNK_PAGES) mend_block(p);
   return pages;
 }

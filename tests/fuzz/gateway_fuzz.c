@@ -239,6 +239,7 @@ static void commit(void) {
     if (op[i].op == SY_OP_RELEASE && op[i].order <= SY_MAX_ORDER && G->nreserve[op[i].order] && aimed & 16) op[i].pfn = G->reserve[op[i].order][0];
     op[i].arg = op[i].op == SY_OP_FAULT_ORDER ? number() : op[i].op == SY_OP_RECLAIM ? take(1) % 2 : op[i].op == SY_OP_COLLAPSE ? take(2) % 600 : 0;
     if (op[i].op == SY_OP_COLLAPSE && b & 32) op[i].order = SY_HUGE_ORDER;
+    if (op[i].op == SY_OP_SPLIT && b & 32) op[i].order %= SY_HUGE_ORDER;
     if (op[i].op == SY_OP_MERGE) op[i].arg = b & 16 ? op[i].pfn : a_pfn(as_of(p));
     if (op[i].op == SY_OP_MIGRATE) op[i].arg = b & 16 ? take(1) % 4 : SY_MIGRATE_TO | a_pfn(NULL);
     op[i].barrier = take(1) % 8 ? (op[i].pfn < FRAMES ? G->frames[op[i].pfn].barrier : 0) : last_barrier; /* or a replay's */
@@ -345,6 +346,10 @@ static void run_storer(void) {
         uint64_t n = c->args[1];
         MUST(n && n <= SY_CHUNK_PAGES && c->args[0] + n <= SY_ARENA_PAGES && c->args[2] + n <= FRAMES && c->args[2] % n == 0, "a stub is told to move %lu pages from page %lu on to frame %lu", n, c->args[0], c->args[2]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : 1}; /* (who says so, and has not, has only more frames in hand) */
+      }
+      if (c && c->op == SY_CMD_REMAP && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        MUST(c->args[1] == SY_CHUNK_PAGES && c->args[0] % SY_CHUNK_PAGES == 0 && c->args[0] < SY_ARENA_PAGES && c->args[2] % SY_CHUNK_PAGES == 0 && c->args[2] < FRAMES && c->args[4] <= SY_HUGE_ORDER, "a stub is told to map %lu pages from page %lu on in pieces of order %lu", c->args[1], c->args[0], c->args[4]);
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : SY_CHUNK_PAGES};
       }
       if (a == honest) continue;
       if (!c || c->op != SY_CMD_EVICT || a->ctl->done[id % SY_CMD_SLOTS].id == id) continue;
