@@ -1,6 +1,9 @@
 /* gateway, part: forks that share frames. The child's stub says FORK before the child runs, while its parent waits in fork (mm_lock held, faults
  * left waiting, everything write-protected): so the parent's page table stays as it is, but for what we do here. Server thread. */
 
+/* A frame's holders are a list that is walked when one lets go. Of merged frames, which are few, and full as a rule, many may fork. */
+#define MOST_OF_MERGED (16 * SY_MAX_SHARING)
+
 /* One page of the parent's is the child's, too. The child's word, or -1: that cannot be (under lock). */
 static int64_t share_page(struct sy_gateway *g, struct as *a, struct as *child, uint64_t p) {
   uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
@@ -11,7 +14,7 @@ static int64_t share_page(struct sy_gateway *g, struct as *a, struct as *child, 
   struct sy_frame *f = &g->frames[pfn];
   if (f->state == SY_FRAME_GRANTED && f->asid == a->asid) map_frames(g, a, (uint32_t)pfn, 1, p); /* its PAGE_MAPPED was lost */
   if (!(f->state == SY_FRAME_MAPPED && owns(a, f, p)) && !(st == SY_PTE_SHARED_RO && shares(g, a, (uint32_t)pfn, p))) return -1;
-  if (f->refcount >= SY_MAX_SHARING || add_holder(g, child, (uint32_t)pfn, p, 0)) return -1;
+  if (f->refcount >= (f->asid ? SY_MAX_SHARING : MOST_OF_MERGED) || add_holder(g, child, (uint32_t)pfn, p, 0)) return -1;
   if (f->state == SY_FRAME_MAPPED) {
     stay(g, f);
     f->flags = 0, f->parted = 0, a->mapped--, a->shared++;
