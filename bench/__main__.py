@@ -68,10 +68,10 @@ class Bench:
     def sylvie(self, *args: str) -> None:
         subprocess.run([SYLVIE, "--run-dir", self.run_dir, *args], check=True, stdout=subprocess.DEVNULL, timeout=300)
 
-    def up(self, ram: str) -> float:
+    def up(self, ram: str, *options: str) -> float:
         """Seconds from `sylvie up` to ready."""
         t = time.monotonic()
-        self.sylvie("up", "--ram", ram)
+        self.sylvie("up", "--ram", ram, *options)
         return time.monotonic() - t
 
     def populated(self) -> None:
@@ -325,6 +325,32 @@ def fork(b: Bench) -> list[Row]:
     return rows
 
 
+def together(b: Bench) -> list[Row]:
+    """What all five components cost a program beside buddy and kswapd alone, in turn: no pressure, then twice a limit."""
+    reclaim, others = b.run_dir.parent / "reclaim", ("thp", "ksm", "autonuma")
+    subprocess.run(["gcc", "-O2", "-o", reclaim, HERE / "programs" / "reclaim.c", "-lm"], check=True)
+    ctl = [str(SYLVIE.with_name("supervisorctl")), "-c", str(b.run_dir / "supervisord.conf")]
+    limit = swap_bench.MEMORY << 8
+    runs: list[tuple[str, str, list[str]]] = [
+        ("touch_recycled", "µs/page", b.managed([b.memory, "touch"])),
+        ("malloc_free", "µs", b.managed([b.memory, "malloc"])),
+        ("strings", "s", b.managed([sys.executable, HERE / "programs" / "strings.py"])),
+        *((w, "µs", b.managed([reclaim, w, str(2 * swap_bench.MEMORY), str(n)], limit)) for w, n in swap_bench.WORKLOADS.items()),
+    ]
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name, _, _ in runs}
+    for _ in track(range(ROUNDS), "all five components, or two", transient=True):
+        for all_five in (False, True):
+            subprocess.run([*ctl, "start" if all_five else "stop", *others], check=True, capture_output=True)
+            time.sleep(1.0)
+            for name, _, cmd in runs:
+                out = subprocess.run(cmd, capture_output=True, text=True, check=True, timeout=300).stdout
+                found[name][all_five].extend(float(x) for x in re.findall(rf"^{name} ([\d.]+)$", out, re.M))
+    return [
+        row(f"all five components beside two: {name}{'' if name not in swap_bench.WORKLOADS else ', twice its limit'}", unit, (statistics.median(found[name][0]), statistics.median(found[name][1])), "<= 1.1")
+        for name, unit, _ in runs
+    ]
+
+
 KSM = Path("/sys/kernel/mm/ksm")
 
 
@@ -423,7 +449,7 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     """0 when everything could be measured."""
-    own = ["swap", "life"]  # these bring their own enclaves up
+    own = ["together", "swap", "life"]  # these bring their own enclaves up
     wanted = sys.argv[1:] or [*SUITES, *own]
     if unknown := [w for w in wanted if w not in SUITES and w not in own]:
         print(f"unknown: {', '.join(unknown)}; choose from {', '.join([*SUITES, *own])}", file=sys.stderr)
@@ -443,6 +469,11 @@ def main() -> int:
                     if name in SUITES:
                         rows += SUITES[name](b)
                 b.sylvie("check")
+                b.sylvie("down")
+            if "together" in wanted:
+                b.up("1G", "--swap", "1G")
+                b.populated()
+                rows += together(b)
                 b.sylvie("down")
             if "swap" in wanted:
                 found = swap_bench.measure(b.run_dir, lambda c: b.managed(c, swap_bench.MEMORY << 8), b.sylvie)
