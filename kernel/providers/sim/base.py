@@ -190,9 +190,9 @@ class Base:
     def _permitted(self, op: int, component: int) -> int:
         return int(lib.SY_R_INVALID if op not in MAY else lib.SY_R_COMPLETE if component in MAY[op] else lib.SY_R_NOT_PERMITTED)
 
-    def _current(self, pfns: NDArray[np.int64], barriers: NDArray[np.uint32]) -> NDArray[np.bool_]:
-        """Are these the barriers of the frames now?"""
-        return np.asarray(self._barrier[pfns] == barriers)
+    def _current(self, pfns: Any, barriers: Any) -> Any:
+        """Are these the barriers of the frames now? Numbers, or arrays of them."""
+        return self._barrier[pfns] == barriers
 
     def _commit_run(self, ops: NDArray[np.void], component: int) -> NDArray[np.uint32]:
         """Operations of one kind and order; their results, shape (n,)."""

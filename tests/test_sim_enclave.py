@@ -1,0 +1,796 @@
+"""The simulated enclave: random programs, faults, forks, deaths and transactions against a model of what is in memory; and that the model notices
+when the machine is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from kernel.abi import OP_DTYPE, lib, names
+from kernel.providers.sim.enclave import Enclave, Move
+from kernel.providers.sim.programs import Killed, NotMapped, Space
+
+RESULT, MESSAGE, OP = names("SY_R_"), names("SY_MSG_"), names("SY_OP_")
+FREE, GRANTED, MAPPED, SHARED, RESERVED = (getattr(lib, f"SY_FRAME_{n}") for n in ("FREE", "GRANTED", "MAPPED", "SHARED", "RESERVED"))
+BUDDY, KSWAPD, KSM, THP, AUTONUMA, SCHED = range(1, 7)
+PER, SLOTS, CHUNK = 1024, 256, lib.SY_CHUNK_PAGES  # frames of a node, …
+PAGES = 3 * CHUNK  # of a program: two of them do not fit into one node and the store
+MOST_PROGRAMS = 5
+MERGEABLE, AGED, STANDBY = lib.SY_FF_MERGEABLE, lib.SY_FF_AGED, lib.SY_FF_STANDBY
+# op: who may
+MAY = {"GRANT": [BUDDY], "RESERVE": [BUDDY], "RELEASE": [BUDDY], "RECLAIM": [KSWAPD], "AGE": [KSWAPD, AUTONUMA], "PREFETCH": [KSWAPD],
+       "FAULT_ORDER": [THP], "COLLAPSE": [THP], "SPLIT": [THP], "MERGE": [KSM], "MIGRATE": [AUTONUMA, BUDDY]}  # fmt: skip
+WITH_BARRIER = sorted({*MAY} - {"FAULT_ORDER", "PREFETCH"})
+STEPS = 100  # of an example
+SOAK = 1_000_000
+
+which = st.integers(0, 1000)
+where = st.integers(0, PAGES - 1)
+size = st.sampled_from([1, 1, 2, 8, 30, 130, CHUNK, 700])
+few = st.sampled_from([1, 2, 8, 30])
+
+
+def op(code: str | int, /, **fields: int) -> np.ndarray:
+    out = np.zeros(1, OP_DTYPE)
+    out["op"] = getattr(lib, f"SY_OP_{code}") if isinstance(code, str) else code
+    for name, value in fields.items():
+        out[name] = value
+    return out
+
+
+def step(**strategies: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A rule, after which everything is looked at. One that returns False has found nothing to do, and is not counted."""
+
+    def decorate(f: Callable[..., Any]) -> Any:
+        @functools.wraps(f)
+        def run(self: Life, **kw: Any) -> None:
+            did = f(self, **kw)
+            self.look()
+            if did is not False:
+                type(self).steps += 1
+
+        return rule(**strategies)(run)
+
+    return decorate
+
+
+def while_there_are(f: Any) -> Any:
+    return precondition(lambda self: bool(self.memory))(f)
+
+
+class Life(RuleBasedStateMachine):
+    """``memory``: what is in each page that a program has mapped."""
+
+    enclave: ClassVar[type[Enclave]] = Enclave
+    steps: ClassVar[int] = 0
+    seen: ClassVar[Counter[str]] = Counter()  # results of operations, and messages
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boot(1)
+        self.memory: dict[int, dict[int, int]] = {}
+        self.locked: set[tuple[int, int]] = set()
+        self.next_event = 0
+
+    def boot(self, nodes: int) -> None:
+        self.m = self.enclave(nodes * PER, nodes, slots=SLOTS, pages=PAGES, prompt=False)
+        self.f, self.nodes, self.frames = self.m.frames, nodes, nodes * PER
+
+    @initialize(nodes=st.sampled_from([1, 2, 2]), spans=st.lists(st.tuples(where, st.sampled_from([30, 300, CHUNK])), min_size=2, max_size=2))
+    def begin(self, nodes: int, spans: list[tuple[int, int]]) -> None:
+        """Programs with something in memory, some of it alike: most of what follows needs that."""
+        self.boot(nodes)
+        for page, n in spans:
+            asid, n = self.m.start(len(self.memory) % nodes), min(n, PAGES - page)
+            self.m.map(asid, page, n)
+            self.m.advise(asid, page, n, mmap.MADV_MERGEABLE)
+            self.m.write(asid, page, values := np.arange(n, dtype=np.uint64) // 8)
+            self.memory[asid] = dict(zip(range(page, page + n), values.tolist(), strict=True))
+        self.look()
+
+    # ---- helpers
+    def program(self, i: int) -> int:
+        return sorted(self.memory)[i % len(self.memory)]
+
+    def span(self, asid: int, page: int, n: int) -> tuple[int, int]:
+        """At most n mapped pages in a row, from about there on: (first, how many), (0, 0): it has mapped nothing."""
+        has = self.memory[asid]
+        first = next((p for p in range(page, PAGES) if p in has), min(has, default=-1))
+        if first < 0:
+            return 0, 0
+        return first, next((k for k in range(1, n) if first + k not in has), n)
+
+    def forget(self, asid: int) -> None:
+        del self.memory[asid]
+        self.locked = {(a, p) for a, p in self.locked if a != asid}
+
+    def look(self) -> None:
+        """What has happened: programs that were ended are forgotten, and nothing is where it should not be."""
+        events = self.m.events()
+        if len(events):
+            assert (events["seqnum"] == np.arange(self.next_event, self.next_event + len(events))).all()
+            self.next_event += len(events)
+            for kind, n in enumerate(np.bincount(events["type"]).tolist()):
+                if n:
+                    self.seen[MESSAGE[kind]] += n
+            for asid in events["asid"][events["type"] == lib.SY_MSG_OOM].tolist():
+                self.forget(asid)
+        assert sorted(self.m.spaces) == sorted(self.memory)
+        assert (broken := self.m.check()) == [], broken
+
+    def commit(self, ops: np.ndarray, component: int | None = None) -> list[str]:
+        code = OP.get(int(ops["op"][0]), "")
+        out = [RESULT[int(r)] for r in self.m.commit(ops, MAY[code][0] if component is None else component)["result"]]
+        self.seen.update(f"{code} {r}" for r in out)
+        return out
+
+    def state(self) -> list[bytes]:
+        m = self.m
+        return [m.frames.tobytes(), m.slots.tobytes(), m.ram.tobytes(), *(s.pte.tobytes() for s in m.spaces.values())]
+
+    def refused(self, expected: str, ops: np.ndarray, component: int | None = None) -> None:
+        """… and nothing has changed."""
+        self.m.commit(ops[:0])  # (what stands by may leave now)
+        self.look()
+        before = self.state()
+        assert self.commit(ops, component) == [expected], (ops, component)
+        assert self.state() == before and not len(self.m.events())
+
+    def at(self, pfn: int, code: str, /, **fields: int) -> np.ndarray:
+        """An operation on a frame as it is now."""
+        return op(code, **({"pfn": pfn, "barrier": int(self.f["barrier"][pfn % self.frames])} | fields))
+
+    def pick(self, condition: np.ndarray, i: int) -> int | None:
+        found = np.flatnonzero(condition)
+        return int(found[i % len(found)]) if len(found) else None
+
+    def free_block(self, order: int, i: int) -> tuple[int, int] | None:
+        """One that is FREE, of that order or below: (pfn, order)."""
+        for o in range(order, -1, -1):
+            at = self.pick((self.f["state"] == FREE).reshape(-1, 1 << o).all(axis=1), i)
+            if at is not None:
+                return at << o, o
+        return None
+
+    def page_of(self, pfn: int) -> tuple[int, int]:
+        return int(self.f["asid"][pfn]), int(self.f["vpage"][pfn])
+
+    def movable(self, pfn: int, n: int) -> bool:
+        """Frames MAPPED one after the other in one address space, none locked."""
+        asid, page = self.page_of(pfn)
+        return all(
+            self.f["state"][pfn + i] == MAPPED and self.page_of(pfn + i) == (asid, page + i) and (asid, page + i) not in self.locked
+            for i in range(n)
+        )
+
+    def block(self, pfn: int, order: int) -> tuple[int, int]:
+        """The block of that order that a frame is in, or the largest smaller one that may move: (first, order)."""
+        while order and not self.movable(pfn >> order << order, 1 << order):
+            order -= 1
+        return pfn >> order << order, order
+
+    # ---- programs
+    @precondition(lambda self: len(self.memory) < MOST_PROGRAMS)
+    @step(cpu=st.integers(0, 1))
+    def start(self, cpu: int) -> None:
+        self.memory[self.m.start(cpu % self.nodes)] = {}
+
+    @while_there_are
+    @step(i=which, page=where, n=size)
+    def map(self, i: int, page: int, n: int) -> None:
+        asid, n = self.program(i), min(n, PAGES - page)
+        self.m.map(asid, page, n)
+        self.memory[asid].update(dict.fromkeys(range(page, page + n), 0))
+        self.locked -= {(asid, p) for p in range(page, page + n)}
+
+    @while_there_are
+    @step(i=which, page=where, n=size)
+    def unmap(self, i: int, page: int, n: int) -> None:
+        asid, n = self.program(i), min(n, PAGES - page)
+        self.m.unmap(asid, page, n)
+        for p in range(page, page + n):
+            self.memory[asid].pop(p, None)
+            self.locked.discard((asid, p))
+
+    @while_there_are
+    @step(i=which, page=where, n=size, value=st.integers(0, 1 << 40), alike=st.booleans())
+    def write(self, i: int, page: int, n: int, value: int, alike: bool) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        values = np.full(n, value % 3, np.uint64) if alike else np.arange(value, value + n, dtype=np.uint64)
+        self.memory[asid].update(zip(range(first, first + n), values.tolist(), strict=True))
+        with contextlib.suppress(Killed):
+            self.m.write(asid, first, values)
+        return n > 0
+
+    @while_there_are
+    @step(i=which, chunk=st.integers(0, PAGES // CHUNK - 1), order=st.sampled_from([4, 5, 9]), value=st.integers(0, 2))
+    def grow(self, i: int, chunk: int, order: int, value: int) -> None:
+        """512 pages at once: huge ones, if there are, and the way to being out of memory."""
+        self.fill(self.program(i), chunk, order, value)
+
+    def fill(self, asid: int, chunk: int, order: int, value: int) -> None:
+        pages = range(chunk * CHUNK, (chunk + 1) * CHUNK)
+        self.commit(op("FAULT_ORDER", asid=asid, pfn=chunk, barrier=1, order=order))
+        with contextlib.suppress(Killed):
+            self.m.map(asid, pages.start, CHUNK)
+            self.m.write(asid, pages.start, np.full(CHUNK, value, np.uint64))
+        self.memory[asid].update(dict.fromkeys(pages, value))
+        self.locked -= {(asid, p) for p in pages}
+
+    @while_there_are
+    @step(i=which, page=where, n=size)
+    def read(self, i: int, page: int, n: int) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        with contextlib.suppress(Killed):
+            assert self.m.read(asid, first, n).tolist() == [self.memory[asid][p] for p in range(first, first + n)]
+        return n > 0
+
+    @precondition(lambda self: self.m.header.slots_used)
+    @step(k=which, n=few, write=st.booleans())
+    def want_back(self, k: int, n: int, write: bool) -> None:
+        """Pages that are in the store."""
+        asid, first, _ = self.m.slots[self.pick(self.m.slots["asid"] != 0, k)].tolist()[:3]
+        first, n = self.span(asid, first, n)
+        with contextlib.suppress(Killed):
+            assert self.m.read(asid, first, n).tolist() == [self.memory[asid][p] for p in range(first, first + n)]
+            if write:
+                self.memory[asid].update(dict.fromkeys(range(first, first + n), k))
+                self.m.write(asid, first, np.full(n, k, np.uint64))
+
+    @precondition(lambda self: self.m.holders)
+    @step(k=which, write=st.booleans())
+    def touch_what_is_shared(self, k: int, write: bool) -> None:
+        pfn = sorted(self.m.holders)[k % len(self.m.holders)]
+        asid, page = self.m.holders[pfn][k % len(self.m.holders[pfn])]
+        with contextlib.suppress(Killed):
+            assert self.m.read(asid, page).tolist() == [self.memory[asid][page]]
+            if write:
+                self.memory[asid][page] = k
+                self.m.write(asid, page, np.array([k], np.uint64))
+
+    @while_there_are
+    @step(i=which, page=st.integers(-1, PAGES), write=st.booleans())
+    def touch_what_is_not_mapped(self, i: int, page: int, write: bool) -> bool:
+        asid = self.program(i)
+        if page in self.memory[asid]:
+            return False
+        with pytest.raises(NotMapped):
+            self.m.write(asid, page, np.ones(1, np.uint64)) if write else self.m.read(asid, page)
+        return True
+
+    @while_there_are
+    @step()
+    def look_at_everything(self) -> None:
+        """Without touching it."""
+        for asid, has in self.memory.items():
+            expected = np.zeros(PAGES, np.uint64)
+            expected[list(has)] = list(has.values())
+            assert (self.m.contents(asid) == expected).all()
+
+    @while_there_are
+    @step(i=which, page=where, n=size, to=where)
+    def remap(self, i: int, page: int, n: int, to: int) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        n = min(n, PAGES - to)
+        if n <= 0 or abs(first - to) < n:
+            with pytest.raises(OSError):
+                self.m.remap(asid, first, n, to)
+            return n > 0
+        self.m.remap(asid, first, n, to)
+        has = self.memory[asid]
+        for k in range(n):
+            has[to + k] = has.pop(first + k)
+            self.locked.discard((asid, to + k))
+            if (asid, first + k) in self.locked:
+                self.locked.remove((asid, first + k))
+                self.locked.add((asid, to + k))
+        return True
+
+    @while_there_are
+    @step(i=which, page=where, n=size)
+    def dontneed(self, i: int, page: int, n: int) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        if not n or any((asid, p) in self.locked for p in range(first, first + n)):
+            with pytest.raises(OSError):
+                self.m.advise(asid, first, n, mmap.MADV_DONTNEED)
+            return n > 0
+        self.m.advise(asid, first, n, mmap.MADV_DONTNEED)
+        self.memory[asid].update(dict.fromkeys(range(first, first + n), 0))
+        return True
+
+    @while_there_are
+    @step(i=which, page=where, n=size, advice=st.sampled_from([
+        mmap.MADV_MERGEABLE, mmap.MADV_MERGEABLE, mmap.MADV_UNMERGEABLE, mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE
+    ]))  # fmt: skip
+    def advise(self, i: int, page: int, n: int, advice: int) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        if n:
+            with contextlib.suppress(Killed):
+                self.m.advise(asid, first, n, advice)
+        return n > 0
+
+    @while_there_are
+    @step(i=which, page=where, n=few, lock=st.booleans())
+    def lock(self, i: int, page: int, n: int, lock: bool) -> bool:
+        asid = self.program(i)
+        first, n = self.span(asid, page, n)
+        if n and not lock:
+            self.m.unlock(asid, first, n)
+            self.locked -= {(asid, p) for p in range(first, first + n)}
+        elif n:
+            with contextlib.suppress(Killed):
+                self.m.lock(asid, first, n)
+                self.locked |= {(asid, p) for p in range(first, first + n)}
+        return n > 0
+
+    @precondition(lambda self: 0 < len(self.memory) < MOST_PROGRAMS)
+    @step(i=which)
+    def fork(self, i: int) -> None:
+        asid = self.program(i)
+        self.memory[self.m.fork(asid)] = dict(self.memory[asid])
+
+    @precondition(lambda self: len(self.memory) > 1)
+    @step(i=which)
+    def exec(self, i: int) -> None:
+        asid = self.program(i)
+        self.forget(asid)
+        self.memory[self.m.exec(asid)] = {}
+
+    @precondition(lambda self: len(self.memory) > 1)
+    @step(i=which)
+    def exit(self, i: int) -> None:
+        asid = self.program(i)
+        self.forget(asid)
+        self.m.exit(asid)
+
+    # ---- transactions that are as they should be
+    @while_there_are
+    @step(i=which, k=which, order=st.integers(0, 9))
+    def grant(self, i: int, k: int, order: int) -> bool:
+        asid, found = self.program(i), self.free_block(order, k)
+        if not found:
+            return False
+        full = len(self.m.spaces[asid].ready[found[1]]) >= lib.SY_MAG_SLOTS
+        assert self.commit(self.at(found[0], "GRANT", order=found[1], asid=asid)) == ["FULL" if full else "COMPLETE"]
+        return True
+
+    @step(k=which, order=st.integers(0, 10))
+    def hold(self, k: int, order: int) -> bool:
+        found = self.free_block(order, k)
+        if not found or np.count_nonzero(self.f["state"] == RESERVED) + (1 << found[1]) > self.frames // 4:
+            return False
+        assert self.commit(self.at(found[0], "RESERVE", order=found[1])) == ["COMPLETE"]
+        return True
+
+    @step(k=which, order=st.integers(0, 10))
+    def let_go(self, k: int, order: int) -> bool:
+        held = [(pfn, o) for o, pfns in enumerate(self.m.reserve) for pfn in pfns]
+        if not held:
+            return False
+        pfn, o = held[k % len(held)]
+        self.refused("STALE", op("RELEASE", pfn=pfn, order=o, barrier=int(self.f["barrier"][pfn]) + 1))
+        assert self.commit(self.at(pfn, "RELEASE", order=o)) == ["COMPLETE"]
+        return True
+
+    @step(k=which, n=few, order=st.sampled_from([0, 0, 0, 2, 5, 9]), code=st.sampled_from(["RECLAIM", "RECLAIM", "STANDBY", "AGE"]))
+    def choose(self, k: int, n: int, order: int, code: str) -> bool:
+        """What leaves, what shall, and what is looked at."""
+        self.m.commit(np.zeros(0, OP_DTYPE))
+        start = self.pick(self.f["state"] == MAPPED, k)
+        if start is None:
+            return False
+        blocks = {self.block(pfn, order) for pfn in range(start, min(start + n, self.frames)) if self.f["state"][pfn] == MAPPED}
+        bit = {"RECLAIM": 0, "STANDBY": STANDBY, "AGE": AGED}[code]
+        for pfn, o in sorted(blocks):
+            may = self.movable(pfn, 1 << o) or code == "STANDBY"  # (looked at when it is to leave)
+            may &= self.f["state"][pfn] == MAPPED and not (self.f["flags"][pfn : pfn + (1 << o)] & bit).any()
+            room = code != "RECLAIM" or SLOTS - self.m.header.slots_used >= 1 << o
+            arg = lib.SY_RECLAIM_STANDBY | pfn // PER << lib.SY_RECLAIM_ZONE_SHIFT if code == "STANDBY" else 0
+            got = self.commit(self.at(pfn, "AGE" if code == "AGE" else "RECLAIM", order=o, arg=arg))
+            assert got == ["STALE" if not may else "COMPLETE" if room else "FULL"]
+            if code == "RECLAIM" and got == ["COMPLETE"]:
+                assert (self.f["state"][pfn : pfn + (1 << o)] == FREE).all()
+        return True
+
+    @step(k=which)
+    def prefetch(self, k: int) -> bool:
+        self.m.commit(np.zeros(0, OP_DTYPE))
+        slot = self.pick(self.m.slots["asid"] != 0, k)
+        if slot is None:
+            return False
+        asid, vpage, out = self.m.slots[slot].tolist()[:3]
+        mark = self.m.header.watermark
+        room = any(mark[n].free > mark[n].low for n in range(self.nodes))
+        wanted = {"pfn": slot, "asid": asid, "arg": vpage, "barrier": out}
+        self.refused("STALE", op("PREFETCH", **wanted | {"barrier": out + 1}))
+        self.refused("NOT_FOUND", op("PREFETCH", **wanted | {"asid": 1 << 20}))
+        self.refused("INVALID", op("PREFETCH", **wanted | {"pfn": SLOTS}))
+        self.refused("INVALID", op("PREFETCH", **wanted | {"order": 1}))
+        assert self.commit(op("PREFETCH", **wanted)) == ["COMPLETE" if room else "FULL"]
+        return True
+
+    @while_there_are
+    @step(i=which, order=st.integers(0, 11), most=st.integers(0, 11), first=st.integers(0, 3), chunks=st.sampled_from([0, 0, 1, 3, lib.SY_CHUNKS]))
+    def fault_order(self, i: int, order: int, most: int, first: int, chunks: int) -> None:
+        wanted = {"order": lib.SY_ORDER_DEFAULT if order == 11 else order, "asid": self.program(i), "pfn": first, "barrier": chunks}
+        if chunks:
+            good = order != 10 and first + chunks <= lib.SY_CHUNKS
+        else:
+            wanted["arg"] = most
+            good = order <= most <= 9
+        if good:
+            self.refused("NOT_FOUND", op("FAULT_ORDER", **wanted | {"asid": 1 << 20}))
+            assert self.commit(op("FAULT_ORDER", **wanted)) == ["COMPLETE"]
+        else:
+            self.refused("INVALID", op("FAULT_ORDER", **wanted))
+
+    @step(k=which, most=st.sampled_from([0, 30, 511]), advised=st.sampled_from([False, False, True]))
+    def collapse(self, k: int, most: int, advised: bool) -> bool:
+        pfn = self.pick(self.f["state"] == MAPPED, k)
+        if pfn is None:
+            return False
+        asid, page = self.page_of(pfn)
+        s = self.m.spaces[asid]
+        bits = s.advice[page // CHUNK * CHUNK :][:CHUNK]
+        no = (bits & lib.SY_ADVICE_SMALL).any() or (advised and not (bits & lib.SY_ADVICE_HUGE).all())
+        node = pfn // PER
+        free = (self.f["state"][node * PER : (node + 1) * PER] == FREE).reshape(-1, CHUNK).all(axis=1).any()
+        busy = sum(m.n for m in self.m.moves if m.asid == asid) > 7 * CHUNK
+        expected = "NOT_PERMITTED" if no else "STALE" if s.is_huge(page // CHUNK) else "BUSY" if busy else "COMPLETE" if free else "FULL"
+        expected = "STALE" if (asid, page) in self.locked else expected
+        assert self.commit(self.at(pfn, "COLLAPSE", order=9, arg=most | (lib.SY_COLLAPSE_ADVISED if advised else 0))) == [expected]
+        return True
+
+    def huge(self) -> list[tuple[int, int]]:
+        """Program and chunk of what is mapped by one entry."""
+        return [(a, c) for a in sorted(self.memory) if a in self.m.spaces for c in range(PAGES // CHUNK) if self.m.spaces[a].is_huge(c)]
+
+    @while_there_are
+    @step(i=which, k=which)
+    def split(self, i: int, k: int) -> bool:
+        huge = self.huge()
+        if not huge:
+            self.fill(self.program(i), k % (PAGES // CHUNK), lib.SY_HUGE_ORDER, k)
+            self.look()
+            huge = self.huge()
+        if not huge:
+            return False
+        asid, chunk = huge[i % len(huge)]
+        pfn = (int(self.m.spaces[asid].pte[chunk * CHUNK]) >> lib.SY_PTE_PFN_SHIFT) + k % CHUNK
+        locked = self.page_of(pfn) in self.locked
+        assert self.commit(self.at(pfn, "SPLIT", order=9)) == ["STALE" if locked else "COMPLETE"]
+        self.refused("STALE", self.at(pfn, "SPLIT", order=9))  # it is already
+        return True
+
+    @step(k=which, order=st.sampled_from([0, 0, 1, 3, 6, 9]), to=which, exactly=st.booleans())
+    def migrate(self, k: int, order: int, to: int, exactly: bool) -> bool:
+        pfn = self.pick(self.f["state"] == MAPPED, k)
+        if pfn is None:
+            return False
+        pfn, order = self.block(pfn, order)
+        n, arg = 1 << order, to % self.nodes
+        if exactly:
+            free = (self.f["state"] == FREE).reshape(-1, n).all(axis=1)
+            block = to % len(free)
+            room, arg, expected = bool(free[block]), lib.SY_MIGRATE_TO | block << order, "STALE"
+        else:
+            room = (self.f["state"][arg * PER : (arg + 1) * PER] == FREE).reshape(-1, n).all(axis=1).any()
+            expected = "FULL"
+        mine = [m.n for m in self.m.moves if m.asid == self.page_of(pfn)[0]]
+        expected = "BUSY" if sum(mine) + n > 8 * CHUNK or len(mine) >= 128 else "COMPLETE" if room else expected
+        if not self.movable(pfn, n) or arg == pfn // PER:
+            expected = "STALE"
+        assert self.commit(self.at(pfn, "MIGRATE", order=order, arg=arg), AUTONUMA if to % 3 else BUDDY) == [expected]
+        return True
+
+    @step(k=which, order=st.sampled_from([0, 0, 0, 1, 4, 9]), to=which, alike=st.integers(0, 5))
+    def merge(self, k: int, order: int, to: int, alike: int) -> bool:
+        """A page is there to be shared, or shares with one that is, as a rule one with the same content."""
+        pfn = self.pick((self.f["state"] == MAPPED) & (self.f["flags"] & MERGEABLE != 0), k)
+        if pfn is None:
+            return False
+        shared = (self.f["state"] == SHARED) & (self.f["asid"] == 0)
+        target = self.pick(shared & (self.m.ram[:, 0] == self.m.ram[pfn, 0]) if alike else shared, to)
+        if target is None or not alike % 3:
+            pfn, order = self.block(pfn, order)
+            target = pfn
+        else:
+            order = 0
+        flags = self.f["flags"][pfn : pfn + (1 << order)]
+        if not self.movable(pfn, 1 << order):
+            expected = "STALE"
+        elif (flags & lib.SY_FF_SHARING)[: int((flags & MERGEABLE == 0).argmax()) or None].any():
+            expected = "BUSY"
+        elif (flags & MERGEABLE == 0).any():
+            expected = "NOT_PERMITTED"
+        else:
+            expected = "FULL" if target != pfn and self.f["refcount"][target] >= lib.SY_MAX_SHARING else "COMPLETE"
+        assert self.commit(self.at(pfn, "MERGE", order=order, arg=target)) == [expected]
+        return True
+
+    @precondition(lambda self: bool(self.m.moves))
+    @step(n=st.sampled_from([1, 3, 1000]))
+    def stubs_answer(self, n: int) -> None:
+        self.m.answer(n)
+
+    # ---- and those that are not
+    @step(code=st.sampled_from(WITH_BARRIER), k=which, order=st.integers(0, 3), off=st.sampled_from([1, 7, 2**32 - 1]))
+    def decided_on_what_is_no_more(self, code: str, k: int, order: int, off: int) -> bool:
+        """The right operation, on a frame that has changed since."""
+        order = 9 if code in ("COLLAPSE", "SPLIT") else order
+        wanted = self.pick(self.f["state"] == (MAPPED if code not in ("GRANT", "RESERVE", "RELEASE") else FREE), k)
+        if wanted is None or (code == "GRANT" and not self.memory):
+            return False
+        pfn = wanted >> order << order
+        asid = self.program(k) if code == "GRANT" else 0
+        arg = pfn if code == "MERGE" else lib.SY_MIGRATE_TO | pfn if code == "MIGRATE" else 0
+        self.refused("STALE", op(code, pfn=pfn, order=order, asid=asid, arg=arg, barrier=(int(self.f["barrier"][pfn]) + off) % 2**32))
+        return True
+
+    @step(code=st.sampled_from(WITH_BARRIER), wrong=st.sampled_from(["order", "frame", "aligned", "beyond"]), k=which)
+    def malformed(self, code: str, wrong: str, k: int) -> bool:
+        asid = self.program(k) if self.memory else 0
+        pfn, order = k % self.frames, 9 if code in ("COLLAPSE", "SPLIT") else 0
+        if wrong == "aligned" and order:
+            return False
+        pfn, order = {"order": (0, 11), "frame": (self.frames, order), "aligned": (pfn | 1, 1), "beyond": (2**32 - 1, order)}[wrong]
+        self.refused("INVALID", self.at(pfn, code, order=order, asid=asid))
+        return True
+
+    @step(
+        wanted=st.sampled_from([
+            ("GRANT", {"order": 10}), ("COLLAPSE", {"order": 8}), ("COLLAPSE", {"order": 9, "arg": 512}), ("COLLAPSE", {"order": 9, "arg": 1 << 20}),
+            ("SPLIT", {"order": 0}), ("MIGRATE", {"arg": 2}), ("MIGRATE", {"order": 10}), ("MIGRATE", {"arg": lib.SY_MIGRATE_TO | 2 * PER}),
+            ("MIGRATE", {"order": 1, "arg": lib.SY_MIGRATE_TO | 1}), ("MERGE", {"arg": 2 * PER}), ("MERGE", {"order": 1, "arg": 1}),
+            ("MERGE", {"order": 10}), ("RECLAIM", {"arg": 1 | 7 << 32}), ("RECLAIM", {"arg": 1 | 40 << 32}), ("FAULT_ORDER", {"arg": 10}),
+            ("FAULT_ORDER", {"barrier": 1, "arg": 1}), ("FAULT_ORDER", {"barrier": lib.SY_CHUNKS, "pfn": 1}),
+        ])
+    )  # fmt: skip
+    def malformed_otherwise(self, wanted: tuple[str, dict[str, int]]) -> None:
+        self.refused("INVALID", self.at(0, wanted[0], **wanted[1]))
+
+    @step(code=st.sampled_from([*MAY, "RUN", "SET_POLICY_WORD", 0, 99]), component=st.integers(0, 7), k=which)
+    def forbidden(self, code: str | int, component: int, k: int) -> bool:
+        if code in MAY and component in MAY[str(code)]:
+            return False
+        known = code in MAY or (code == "RUN" and component != SCHED)
+        self.refused("NOT_PERMITTED" if known else "INVALID", self.at(k % self.frames, code), component)
+        return True
+
+    @step(code=st.sampled_from(WITH_BARRIER), k=which)
+    def of_a_frame_in_another_state(self, code: str, k: int) -> bool:
+        """What is MAPPED is not granted, what is not is not moved, and what a fork shares is left alone by all."""
+        for_mapped = code not in ("GRANT", "RESERVE", "RELEASE")
+        pfn = self.pick((self.f["state"] == MAPPED) != for_mapped, k)
+        if pfn is None or (code == "GRANT" and not self.memory) or (code == "RELEASE" and pfn in self.m.reserve[0]):
+            return False
+        order = 9 if code in ("COLLAPSE", "SPLIT") else 0
+        asid = self.program(k) if code == "GRANT" else 0
+        arg = pfn if code == "MERGE" else lib.SY_MIGRATE_TO | pfn if code == "MIGRATE" else 0
+        self.refused("NOT_FOUND" if code == "RELEASE" else "STALE", self.at(pfn, code, order=order, asid=asid, arg=arg))
+        return True
+
+    @step(k=which, to=which)
+    def merge_with_what_a_fork_shares(self, k: int, to: int) -> bool:
+        pfn = self.pick((self.f["state"] == MAPPED) & (self.f["flags"] & (MERGEABLE | lib.SY_FF_SHARING) == MERGEABLE), k)
+        target = self.pick((self.f["state"] == SHARED) & (self.f["asid"] != 0), to)
+        if pfn is None or target is None:
+            return False
+        self.refused("STALE", self.at(pfn, "MERGE", arg=target))
+        return True
+
+    # ---- in the end
+    def teardown(self) -> None:
+        self.m.answer()
+        for asid in list(self.memory):
+            assert self.m.contents(asid).tolist() == [self.memory[asid].get(p, 0) for p in range(PAGES)]
+            self.forget(asid)
+            self.m.exit(asid)
+            self.look()
+        assert np.isin(self.f["state"], (FREE, RESERVED)).all() and not self.m.slots["asid"].any() and not self.m.holders
+
+
+# A busy machine is no failure.
+PATIENT = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def drive(enclave: type[Enclave], least: int, **kw: Any) -> type[Life]:
+    """Steps until there are so many; the class that has counted them."""
+    life = type("Life", (Life,), {"enclave": enclave, "steps": 0, "seen": Counter()})
+    while life.steps < least:
+        examples = min(-(-(least - life.steps) // STEPS) + 1, 1000)
+        run_state_machine_as_test(life, settings=settings(PATIENT, max_examples=examples, stateful_step_count=STEPS, **kw))
+    return life
+
+
+def test_everything_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """10,000 steps, in which everything occurs."""
+    life = drive(Enclave, 10_000)
+    assert life.steps >= 10_000
+    for code in MAY:
+        assert life.seen[f"{code} COMPLETE"] and life.seen[f"{code} NOT_PERMITTED"], (code, life.seen)
+    for message in ("MM_FORK", "MM_EXEC", "MM_EXIT", "OOM", "PAGE_COW", "PAGE_HINT", "PAGE_REFAULT", "PAGE_PREFETCHED", "PAGE_MERGED",
+                    "PAGE_MIGRATED", "PAGE_COLLAPSED", "MOVE_REFUSED", "MERGE_REFUSED", "WATERMARK"):  # fmt: skip
+        assert life.seen[message], (message, life.seen)
+    with capsys.disabled():
+        print(f" {life.steps} steps", end="")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(10))
+def test_everything_at_once_for_long(part: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A million steps, in ten parts."""
+    life = drive(Enclave, SOAK // 10)
+    assert life.steps >= SOAK // 10
+    with capsys.disabled():
+        print(f" {life.steps} steps", end="")
+
+
+# ---- machines that are broken in one place each
+class CopyOnWriteForgetsToCopy(Enclave):
+    def _copy(self, s: Space, page: int, pfn: int) -> None:
+        content = self.ram[pfn].copy()
+        super()._copy(s, page, pfn)
+        self.ram[pfn] = content
+
+
+class BarriersAreNotLookedAt(Enclave):
+    def _current(self, pfns: Any, barriers: Any) -> Any:
+        return np.ones(np.shape(pfns), np.bool_)
+
+
+class MigrateSwapsTwoPages(Enclave):
+    def _move(self, s: Space, m: Move, words: np.ndarray) -> None:
+        super()._move(s, m, words)
+        if m.n > 1:
+            self.ram[[m.to, m.to + 1]] = self.ram[[m.to + 1, m.to]]
+
+
+class ForkMissesAHolder(Enclave):
+    def fork(self, asid: int) -> int:
+        child = super().fork(asid)
+        for pfn, holders in self.holders.items():
+            if len(holders) > 2 and holders[-1][0] == child:
+                holders.pop()
+                self._refcount[pfn] -= 1
+                break
+        return child
+
+
+class ForkLosesWhatIsInTheStore(Enclave):
+    def _put_native(self, s: Space, page: int, content: np.ndarray) -> None:
+        super()._put_native(s, page, content)
+        if s.asid == self._last_asid:
+            s.native[page][:] = 0
+
+
+class ParentGoesOnWriting(Enclave):
+    """… into what it shares with its child."""
+
+    def write(self, asid: int, first: int, values: np.ndarray) -> None:
+        word = int(self.spaces[asid].pte[first])
+        if word & lib.SY_PTE_STATE_MASK == lib.SY_PTE_SHARED_RO and self._asid[word >> lib.SY_PTE_PFN_SHIFT] == asid:
+            self.ram[word >> lib.SY_PTE_PFN_SHIFT, 0] = values[0]
+        super().write(asid, first, values)
+
+
+class OwnershipIsNotPassedOn(Enclave):
+    def _let_go(self, pfn: int, asid: int, page: int) -> None:
+        owner = int(self._asid[pfn]), int(self._vpage[pfn])
+        super()._let_go(pfn, asid, page)
+        if self._state[pfn] == SHARED:
+            self._asid[pfn], self._vpage[pfn] = owner
+
+
+class TheLastOneLeftStaysShared(Enclave):
+    def _alone(self, pfn: int, asid: int, page: int) -> None:
+        pass
+
+
+class FramesAreNotZeroed(Enclave):
+    def _zero(self, pfn: int, order: int) -> None:
+        pass
+
+
+class PagesLeaveInTheWrongOrder(Enclave):
+    def _left(self, pfns: np.ndarray, slots: np.ndarray) -> None:
+        super()._left(pfns, slots)
+        self.store[slots] = self.ram[pfns[::-1]]
+
+
+class AnotherSlotComesBack(Enclave):
+    def _fetch(self, s: Space, page: int, pfn: int, why: int) -> None:
+        slot = int(s.pte[page]) >> lib.SY_PTE_PFN_SHIFT
+        super()._fetch(s, page, pfn, why)
+        self.ram[pfn] = self.store[(slot + 1) % len(self.store)]
+
+
+class LockedPagesLeave(Enclave):
+    def _fixed(self, pfns: np.ndarray) -> np.ndarray:
+        return np.zeros(pfns.shape, np.bool_)
+
+
+class MergeDoesNotCompare(Enclave):
+    def _alike(self, m: Move) -> bool:
+        return True
+
+
+class RefusedMergesLeaveAHolder(Enclave):
+    def _unshare(self, m: Move) -> None:
+        if m.to == m.origin:
+            super()._unshare(m)
+
+
+class RefusedMovesLeak(Enclave):
+    def _give_back(self, m: Move) -> None:
+        pass
+
+
+class RemapForgetsTheStore(Enclave):
+    def remap(self, asid: int, first: int, n: int, to: int) -> None:
+        before = self.slots["vpage"].copy()
+        super().remap(asid, first, n, to)
+        there = self.slots["asid"] == asid
+        self.slots["vpage"][there] = before[there]
+
+
+class DeathLeavesSlots(Enclave):
+    def _bury(self, s: Space) -> None:
+        mine = self.slots["asid"] == s.asid
+        self.slots["asid"][mine] = 0
+        super()._bury(s)
+        self.slots["asid"][mine] = s.asid
+
+
+class EverybodyMay(Enclave):
+    def _permitted(self, op: int, component: int) -> int:
+        return super()._permitted(op, component) and int(lib.SY_R_COMPLETE)
+
+
+class WhatIsTakenIsGranted(Enclave):
+    def _all_free(self, pfn: int, order: int) -> bool:
+        return True
+
+
+class TouchesAreNotSeen(Enclave):
+    def _hint(self, s: Space, page: int, word: int) -> None:
+        super()._hint(s, page, word)
+        self._flags[word >> lib.SY_PTE_PFN_SHIFT] |= AGED
+
+
+class SharedFramesLeave(Enclave):
+    """RECLAIM takes what is SHARED."""
+
+    def _whole(self, blocks: np.ndarray, op: int) -> np.ndarray:
+        return super()._whole(blocks, op) | (self._state[blocks] == SHARED).all(axis=1)
+
+
+BROKEN = [
+    CopyOnWriteForgetsToCopy, BarriersAreNotLookedAt, MigrateSwapsTwoPages, ForkMissesAHolder, ForkLosesWhatIsInTheStore, ParentGoesOnWriting,
+    OwnershipIsNotPassedOn, TheLastOneLeftStaysShared, FramesAreNotZeroed, PagesLeaveInTheWrongOrder, AnotherSlotComesBack, LockedPagesLeave,
+    MergeDoesNotCompare, RefusedMergesLeaveAHolder, RefusedMovesLeak, RemapForgetsTheStore, DeathLeavesSlots, EverybodyMay, WhatIsTakenIsGranted,
+    TouchesAreNotSeen, SharedFramesLeave,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("enclave", BROKEN, ids=lambda enclave: enclave.__name__)
+def test_what_is_broken_is_found(enclave: type[Enclave]) -> None:
+    """The same steps every time, so that it is found every time."""
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        drive(enclave, 20_000, phases=[Phase.generate], derandomize=True, report_multiple_bugs=False)
