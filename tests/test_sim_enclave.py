@@ -4,6 +4,7 @@ when the machine is broken."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import mmap
 from collections import Counter
@@ -16,9 +17,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from bus.runtime import load_policy
 from kernel.abi import OP_DTYPE, lib, names
 from kernel.providers.sim.enclave import Enclave, Move
-from kernel.providers.sim.programs import Killed, NotMapped, Space
+from kernel.providers.sim.programs import ALL, Killed, NotMapped, Space
+from kernel.providers.sim.replay import Agent
+from sylvie.life import DEFAULT
 
 RESULT, MESSAGE, OP = names("SY_R_"), names("SY_MSG_"), names("SY_OP_")
 FREE, GRANTED, MAPPED, SHARED, RESERVED = (getattr(lib, f"SY_FRAME_{n}") for n in ("FREE", "GRANTED", "MAPPED", "SHARED", "RESERVED"))
@@ -32,6 +36,7 @@ MAY = {"GRANT": [BUDDY], "RESERVE": [BUDDY], "RELEASE": [BUDDY], "RECLAIM": [KSW
        "FAULT_ORDER": [THP], "COLLAPSE": [THP], "SPLIT": [THP], "MERGE": [KSM], "MIGRATE": [AUTONUMA, BUDDY]}  # fmt: skip
 WITH_BARRIER = sorted({*MAY} - {"FAULT_ORDER", "PREFETCH"})
 STEPS = 100  # of an example
+PART = 0xFFF0  # bits; what is small lies beside them
 SOAK = 1_000_000
 
 which = st.integers(0, 1000)
@@ -94,7 +99,7 @@ class Life(RuleBasedStateMachine):
             asid, n = self.m.start(len(self.memory) % nodes), min(n, PAGES - page)
             self.m.map(asid, page, n)
             self.m.advise(asid, page, n, mmap.MADV_MERGEABLE)
-            self.m.write(asid, page, values := np.arange(n, dtype=np.uint64) // 8)
+            self.m.write(asid, page, values := np.arange(n, dtype=np.uint64) % 16)
             self.memory[asid] = dict(zip(range(page, page + n), values.tolist(), strict=True))
         self.look()
 
@@ -203,14 +208,17 @@ class Life(RuleBasedStateMachine):
             self.locked.discard((asid, p))
 
     @while_there_are
-    @step(i=which, page=where, n=size, value=st.integers(0, 1 << 40), alike=st.booleans())
-    def write(self, i: int, page: int, n: int, value: int, alike: bool) -> bool:
+    @step(i=which, page=where, n=size, value=st.integers(0, 1 << 40), alike=st.booleans(), part=st.booleans())
+    def write(self, i: int, page: int, n: int, value: int, alike: bool, part: bool) -> bool:
+        """``part``: of each page, the rest of which stays."""
         asid = self.program(i)
         first, n = self.span(asid, page, n)
         values = np.full(n, value % 3, np.uint64) if alike else np.arange(value, value + n, dtype=np.uint64)
-        self.memory[asid].update(zip(range(first, first + n), values.tolist(), strict=True))
         with contextlib.suppress(Killed):
-            self.m.write(asid, first, values)
+            self.m.write(asid, first, values, PART if part else ALL)
+        has = self.memory[asid]
+        for p, v in zip(range(first, first + n), values.tolist(), strict=True):
+            has[p] = has[p] & ~PART | v & PART if part else v
         return n > 0
 
     @while_there_are
@@ -237,11 +245,12 @@ class Life(RuleBasedStateMachine):
             assert self.m.read(asid, first, n).tolist() == [self.memory[asid][p] for p in range(first, first + n)]
         return n > 0
 
-    @precondition(lambda self: self.m.header.slots_used)
+    @precondition(lambda self: self.m.header.slots_used or (self.f["flags"] & AGED).any())
     @step(k=which, n=few, write=st.booleans())
     def want_back(self, k: int, n: int, write: bool) -> None:
-        """Pages that are in the store."""
-        asid, first, _ = self.m.slots[self.pick(self.m.slots["asid"] != 0, k)].tolist()[:3]
+        """Pages that are in the store, or taken from sight."""
+        aged, slot = self.pick(self.f["flags"] & AGED != 0, k), self.pick(self.m.slots["asid"] != 0, k)
+        asid, first = self.page_of(aged) if slot is None or (aged is not None and k % 2) else self.m.slots[slot].tolist()[:2]
         first, n = self.span(asid, first, n)
         with contextlib.suppress(Killed):
             assert self.m.read(asid, first, n).tolist() == [self.memory[asid][p] for p in range(first, first + n)]
@@ -257,8 +266,8 @@ class Life(RuleBasedStateMachine):
         with contextlib.suppress(Killed):
             assert self.m.read(asid, page).tolist() == [self.memory[asid][page]]
             if write:
-                self.memory[asid][page] = k
-                self.m.write(asid, page, np.array([k], np.uint64))
+                self.memory[asid][page] = self.memory[asid][page] & ~PART | k & PART
+                self.m.write(asid, page, np.array([k], np.uint64), PART)
 
     @while_there_are
     @step(i=which, page=st.integers(-1, PAGES), write=st.booleans())
@@ -273,7 +282,10 @@ class Life(RuleBasedStateMachine):
     @while_there_are
     @step()
     def look_at_everything(self) -> None:
-        """Without touching it."""
+        self.compare()
+
+    def compare(self) -> None:
+        """All that is in memory with the model, without touching it."""
         for asid, has in self.memory.items():
             expected = np.zeros(PAGES, np.uint64)
             expected[list(has)] = list(has.values())
@@ -283,6 +295,8 @@ class Life(RuleBasedStateMachine):
     @step(i=which, page=where, n=size, to=where)
     def remap(self, i: int, page: int, n: int, to: int) -> bool:
         asid = self.program(i)
+        if self.m.header.slots_used and i % 3 == 0:
+            asid, page = self.m.slots[self.pick(self.m.slots["asid"] != 0, i)].tolist()[:2]
         first, n = self.span(asid, page, n)
         n = min(n, PAGES - to)
         if n <= 0 or abs(first - to) < n:
@@ -392,6 +406,9 @@ class Life(RuleBasedStateMachine):
         """What leaves, what shall, and what is looked at."""
         self.m.commit(np.zeros(0, OP_DTYPE))
         start = self.pick(self.f["state"] == MAPPED, k)
+        if self.locked and k % 3 == 0:
+            asid, page = min(self.locked)
+            start = int(self.m.spaces[asid].pte[page]) >> lib.SY_PTE_PFN_SHIFT
         if start is None:
             return False
         blocks = {self.block(pfn, order) for pfn in range(start, min(start + n, self.frames)) if self.f["state"][pfn] == MAPPED}
@@ -498,7 +515,7 @@ class Life(RuleBasedStateMachine):
         assert self.commit(self.at(pfn, "MIGRATE", order=order, arg=arg), AUTONUMA if to % 3 else BUDDY) == [expected]
         return True
 
-    @step(k=which, order=st.sampled_from([0, 0, 0, 1, 4, 9]), to=which, alike=st.integers(0, 5))
+    @step(k=which, order=st.sampled_from([0, 0, 0, 1, 4, 9]), to=which, alike=st.sampled_from([0, 1, 2, 2]))
     def merge(self, k: int, order: int, to: int, alike: int) -> bool:
         """A page is there to be shared, or shares with one that is, as a rule one with the same content."""
         pfn = self.pick((self.f["state"] == MAPPED) & (self.f["flags"] & MERGEABLE != 0), k)
@@ -506,7 +523,7 @@ class Life(RuleBasedStateMachine):
             return False
         shared = (self.f["state"] == SHARED) & (self.f["asid"] == 0)
         target = self.pick(shared & (self.m.ram[:, 0] == self.m.ram[pfn, 0]) if alike else shared, to)
-        if target is None or not alike % 3:
+        if target is None or alike == 1:
             pfn, order = self.block(pfn, order)
             target = pfn
         else:
@@ -527,6 +544,7 @@ class Life(RuleBasedStateMachine):
     @step(n=st.sampled_from([1, 3, 1000]))
     def stubs_answer(self, n: int) -> None:
         self.m.answer(n)
+        self.compare()
 
     # ---- and those that are not
     @step(code=st.sampled_from(WITH_BARRIER), k=which, order=st.integers(0, 3), off=st.sampled_from([1, 7, 2**32 - 1]))
@@ -597,8 +615,8 @@ class Life(RuleBasedStateMachine):
     # ---- in the end
     def teardown(self) -> None:
         self.m.answer()
+        self.compare()
         for asid in list(self.memory):
-            assert self.m.contents(asid).tolist() == [self.memory[asid].get(p, 0) for p in range(PAGES)]
             self.forget(asid)
             self.m.exit(asid)
             self.look()
@@ -683,11 +701,11 @@ class ForkLosesWhatIsInTheStore(Enclave):
 class ParentGoesOnWriting(Enclave):
     """… into what it shares with its child."""
 
-    def write(self, asid: int, first: int, values: np.ndarray) -> None:
+    def write(self, asid: int, first: int, values: np.ndarray, bits: int = ALL) -> None:
         word = int(self.spaces[asid].pte[first])
         if word & lib.SY_PTE_STATE_MASK == lib.SY_PTE_SHARED_RO and self._asid[word >> lib.SY_PTE_PFN_SHIFT] == asid:
             self.ram[word >> lib.SY_PTE_PFN_SHIFT, 0] = values[0]
-        super().write(asid, first, values)
+        super().write(asid, first, values, bits)
 
 
 class OwnershipIsNotPassedOn(Enclave):
@@ -794,3 +812,196 @@ def test_what_is_broken_is_found(enclave: type[Enclave]) -> None:
     """The same steps every time, so that it is found every time."""
     with pytest.raises((AssertionError, KeyError, ValueError)):
         drive(enclave, 20_000, phases=[Phase.generate], derandomize=True, report_multiple_bugs=False)
+
+
+# ---- what is rare in a random life
+def word(e: Enclave, asid: int, page: int) -> tuple[int, int]:
+    """State, and what it names."""
+    w = int(e.spaces[asid].pte[page])
+    return w & lib.SY_PTE_STATE_MASK, w >> lib.SY_PTE_PFN_SHIFT
+
+
+def program(e: Enclave, n: int, first: int = 0, value: int = 7) -> int:
+    """One with n pages, all the same."""
+    asid = e.start()
+    e.map(asid, first, n)
+    e.write(asid, first, np.full(n, value, np.uint64))
+    return asid
+
+
+def test_out_of_memory_ends_the_one_with_the_most() -> None:
+    e = Enclave(PER)
+    small, large = program(e, 200), program(e, 700)
+    e.events()
+    third = program(e, 300)
+    oom = (events := e.events())[events["type"] == lib.SY_MSG_OOM]
+    assert oom[["asid", "npages"]].tolist() == [(large, 700)]
+    assert sorted(e.spaces) == [small, third] and (e.read(small, 0, 200) == 7).all() and e.check() == []
+    with pytest.raises(Killed):  # itself
+        program(e, 900)
+    assert sorted(e.spaces) == [small, third] and (e.read(third, 0, 300) == 7).all() and e.check() == []
+
+
+def test_out_of_memory_native() -> None:
+    e = Enclave(PER, slots=100, oom=lib.SY_OOM_NATIVE)
+    first = program(e, 1500, value=3)
+    assert (e.read(first, 0, 1500) == 3).all() and e.check() == []
+    assert len(e.spaces[first].native) >= 1500 - PER - 100 and e.header.slots_used > 90
+    child = e.fork(first)
+    e.write(child, 0, np.full(1500, 4, np.uint64))
+    assert (e.read(first, 0, 1500) == 3).all() and (e.read(child, 0, 1500) == 4).all() and e.check() == []
+
+
+def test_who_owns_what_a_fork_shares() -> None:
+    e = Enclave(PER)
+    e.header.default_fault_order = 0
+    parent = program(e, 1)
+    pfn = word(e, parent, 0)[1]
+    child = e.fork(parent)
+    grandchild = e.fork(child)
+    assert e.frames[["state", "asid", "refcount"]][pfn].tolist() == (SHARED, parent, 3)
+    barrier = int(e.frames["barrier"][pfn])
+    e.write(parent, 0, np.array([1], np.uint64))  # the owner lets go
+    assert e.frames[["state", "asid", "refcount"]][pfn].tolist() == (SHARED, child, 2)
+    assert e.frames["barrier"][pfn] != barrier and e.cows == 1 and e.check() == []
+    e.exit(child)
+    assert e.frames[["state", "asid", "refcount"]][pfn].tolist() == (MAPPED, grandchild, 1)
+    assert word(e, grandchild, 0) == (lib.SY_PTE_PRESENT, pfn) and e.check() == []
+    e.write(grandchild, 0, np.array([2], np.uint64))  # nobody else has it
+    assert e.cows == 1 and word(e, grandchild, 0) == (lib.SY_PTE_PRESENT, pfn)
+    assert (e.read(parent, 0).tolist(), e.read(grandchild, 0).tolist()) == ([1], [2])
+
+
+def mergeable(e: Enclave, n: int) -> int:
+    asid = program(e, n)
+    e.advise(asid, 0, n, mmap.MADV_MERGEABLE)
+    return asid
+
+
+def merge(e: Enclave, pfn: int, to: int) -> str:
+    done = e.commit(op("MERGE", pfn=pfn, arg=to, barrier=int(e.frames["barrier"][pfn])), KSM)
+    return RESULT[int(done["result"][0])]
+
+
+def test_no_frame_is_shared_by_too_many() -> None:
+    most = lib.SY_MAX_SHARING
+    e = Enclave(PER)
+    asid = mergeable(e, most + 10)
+    at = [word(e, asid, page)[1] for page in range(most + 10)]
+    assert [merge(e, pfn, at[0]) for pfn in at[: most - 1]] == ["COMPLETE"] * (most - 1)
+    child = e.fork(asid)  # most - 1 have it: one of the child's is still among the sharers, the others are copies
+    assert e.frames["refcount"][at[0]] == most and len(e.spaces[child].native) == most - 2 and e.check() == []
+    assert merge(e, at[most - 1], at[0]) == "STALE"  # the child shares it
+    e.exit(child)
+    assert [merge(e, pfn, at[0]) for pfn in at[most - 1 : most + 1]] == ["COMPLETE", "FULL"]
+    assert (e.read(asid, 0, most + 10) == 7).all() and e.check() == []
+
+
+def test_what_is_merged_stays_so() -> None:
+    """… until nobody has it: the last one copies as all others did."""
+    e = Enclave(PER)
+    asid = mergeable(e, 2)
+    first, second = (word(e, asid, page)[1] for page in range(2))
+    assert (merge(e, first, first), merge(e, second, first)) == ("COMPLETE", "COMPLETE")
+    assert e.frames[["state", "asid", "refcount"]][first].tolist() == (SHARED, 0, 2)
+    e.write(asid, 0, np.array([1], np.uint64))
+    assert e.frames[["state", "asid", "refcount"]][first].tolist() == (SHARED, 0, 1) and e.check() == []
+    e.write(asid, 1, np.array([2], np.uint64))
+    assert e.frames["state"][first] == FREE and e.cows == 2
+    assert e.read(asid, 0, 2).tolist() == [1, 2] and e.check() == []
+
+
+def test_what_moved_meanwhile() -> None:
+    """A stub is told to move pages, and something else happens to them first: refused, and the frames that they were to go to come back."""
+    e = Enclave(2 * PER, 2, slots=10, prompt=False)
+    for what, said in (
+        (lambda a: e.unmap(a, 3, 1), errno.EPERM), (lambda a: e.lock(a, 3, 1), errno.EPERM), (lambda a: e.fork(a), errno.EAGAIN),
+        (lambda a: e.remap(a, 0, 16, 100), errno.EPERM), (lambda a: e.advise(a, 3, 1, mmap.MADV_DONTNEED), errno.EAGAIN),
+        (lambda a: e.exit(a), 0),
+    ):  # fmt: skip
+        asid = program(e, 16)
+        pfn = word(e, asid, 0)[1]
+        moved = op("MIGRATE", pfn=pfn, order=4, arg=1, barrier=int(e.frames["barrier"][pfn]))
+        assert RESULT[int(e.commit(moved, AUTONUMA)["result"][0])] == "COMPLETE"
+        assert np.count_nonzero(e.frames["flags"] & lib.SY_FF_TARGET) == 16
+        what(asid)
+        e.events()
+        e.answer()
+        events = e.events()
+        refused = events[events["type"] == lib.SY_MSG_MOVE_REFUSED]
+        assert refused[["asid", "pfn", "npages", "arg"]].tolist() == ([(asid, pfn, 16, said)] if said else [])
+        assert not (e.frames["flags"] & lib.SY_FF_TARGET).any() and (e.frames["state"][PER:] == FREE).all() and e.check() == []
+        for a in list(e.spaces):
+            e.exit(a)
+
+
+def test_what_stood_by_may_do_so_again() -> None:
+    """A page that mremap has moved is another one to kswapd: it neither leaves by what was said of it before, nor is it passed over from then on."""
+    e = Enclave(PER, slots=10)
+    asid = program(e, 1)
+    pfn = word(e, asid, 0)[1]
+
+    def stand_by() -> str:
+        done = e.commit(op("RECLAIM", pfn=pfn, arg=lib.SY_RECLAIM_STANDBY, barrier=int(e.frames["barrier"][pfn])))
+        return RESULT[int(done["result"][0])]
+
+    assert (stand_by(), stand_by()) == ("COMPLETE", "STALE")
+    e.remap(asid, 0, 1, 5)
+    assert stand_by() == "COMPLETE" and e.check() == []
+
+
+def test_bad_sizes() -> None:
+    for args, kw in (((PER + 512,), {}), ((PER, 2), {}), ((PER, 0), {}), ((PER,), {"pages": 100}), ((PER,), {"pages": 0})):
+        with pytest.raises(ValueError, match="give"):
+            Enclave(*args, **kw)
+
+
+# ---- the components' own policies
+def test_all_policies_at_once() -> None:
+    """The five that run by default, on programs of twice the memory: each does something, and nobody notices."""
+    frames = pages = 4 * PER
+    e = Enclave(frames, 2, slots=2 * pages, pages=pages, words=CHUNK)
+    ids = {"buddy": BUDDY, "kswapd": KSWAPD, "ksm": KSM, "thp": THP, "autonuma": AUTONUMA}
+    agents = [Agent(e, load_policy(name, DEFAULT.get(name, name)), component) for name, component in ids.items()]
+    done: Counter[str] = Counter()
+    results: Counter[str] = Counter()
+    commit = e.commit
+
+    def counted(ops: np.ndarray, component: int = KSWAPD) -> np.ndarray:
+        out = commit(ops, component)
+        for code, result in out[["op", "result"]].tolist():
+            results[f"{OP[code]} {RESULT[result]}"] += 1
+        return out
+
+    e.commit = counted  # type: ignore[method-assign]
+    rng = np.random.default_rng(1)
+    memory = {}
+    for cpu in range(2):
+        asid = e.start(cpu)
+        e.map(asid, 0, pages)
+        e.advise(asid, PER, CHUNK, mmap.MADV_MERGEABLE)
+        memory[asid] = np.zeros(pages, np.uint64)
+    for turn in range(160):
+        for asid, has in memory.items():
+            # A few pages again and again; and on and on through all of it, of which a part is alike.
+            hot, at = int(rng.integers(0, 40)), turn * 64 % pages
+            values = np.arange(64, dtype=np.uint64) % 3 if PER <= at < PER + CHUNK else rng.integers(1, 1 << 40, 64).astype(np.uint64)
+            for first, new in ((hot, rng.integers(1, 1 << 40, 8).astype(np.uint64)), (at, values)):
+                assert (e.read(asid, first, len(new)) == has[first : first + len(new)]).all()
+                if first == hot or turn < 100:
+                    e.write(asid, first, new)
+                    has[first : first + len(new)] = new
+        e.now += 0.25
+        events = e.events()
+        done.update(MESSAGE[kind] for kind in events["type"].tolist())
+        for agent in agents:
+            agent.step(events)
+        assert e.check() == []
+    assert sorted(e.spaces) == sorted(memory)
+    for asid, has in memory.items():
+        assert (e.contents(asid) == has).all()
+    for code in ("GRANT", "RESERVE", "RECLAIM", "AGE", "FAULT_ORDER", "COLLAPSE", "MERGE", "MIGRATE"):
+        assert results[f"{code} COMPLETE"], (code, results)
+    for message in ("PAGE_SWAPPED", "PAGE_REFAULT", "PAGE_HINT", "PAGE_COLLAPSED", "PAGE_MERGED", "PAGE_MIGRATED"):
+        assert done[message], (message, done)
+    assert not any(result.endswith(("INVALID", "NOT_PERMITTED")) for result in results), results

@@ -30,6 +30,7 @@ CHUNK: int = lib.SY_CHUNK_PAGES
 HUGE: int = lib.SY_HUGE_ORDER
 ORDERS = range(HUGE + 1)
 LOW = {0: 8, 4: 4}  # blocks of a magazine at which it is low, by order; of others: none
+ALL = (1 << 64) - 1
 Words = NDArray[np.uint64]
 Pages = NDArray[np.int64]
 
@@ -149,10 +150,13 @@ class Programs(Base):
             out[at : at + k] = rows[:, 0]
         return out
 
-    def write(self, asid: int, first: int, values: Words) -> None:
-        """:param values: for each page, shape (n,). :raises NotMapped, Killed: as ``read``"""
+    def write(self, asid: int, first: int, values: Words, bits: int = ALL) -> None:
+        """:param values: for each page, shape (n,)
+        :param bits: of each, that are written; the others stay, as when a part of a page is written
+        :raises NotMapped, Killed: as ``read``"""
+        mask, keep = np.uint64(bits), np.uint64(ALL ^ bits)
         for at, k, rows in self._touch_all(self.spaces[asid], first, len(values), True):
-            rows[:, 0] = values[at : at + k]
+            rows[:, 0] = rows[:, 0] & keep | values[at : at + k] & mask
 
     def map(self, asid: int, first: int, n: int) -> None:
         """mmap of private memory, MAP_FIXED. :raises OSError: not in the arena"""
