@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from test_soak import size
 
 from bus.runtime import load_policy
 from kernel.abi import OP_DTYPE, lib, names
@@ -37,11 +38,10 @@ MAY = {"GRANT": [BUDDY], "RESERVE": [BUDDY], "RELEASE": [BUDDY], "RECLAIM": [KSW
 WITH_BARRIER = sorted({*MAY} - {"FAULT_ORDER", "PREFETCH"})
 STEPS = 100  # of an example
 PART = 0xFFF0  # bits; what is small lies beside them
-SOAK = 1_000_000
 
 which = st.integers(0, 1000)
 where = st.integers(0, PAGES - 1)
-size = st.sampled_from([1, 1, 2, 8, 30, 130, CHUNK, 700])
+many = st.sampled_from([1, 1, 2, 8, 30, 130, CHUNK, 700])
 few = st.sampled_from([1, 2, 8, 30])
 
 
@@ -191,7 +191,7 @@ class Life(RuleBasedStateMachine):
         self.memory[self.m.start(cpu % self.nodes)] = {}
 
     @while_there_are
-    @step(i=which, page=where, n=size)
+    @step(i=which, page=where, n=many)
     def map(self, i: int, page: int, n: int) -> None:
         asid, n = self.program(i), min(n, PAGES - page)
         self.m.map(asid, page, n)
@@ -199,7 +199,7 @@ class Life(RuleBasedStateMachine):
         self.locked -= {(asid, p) for p in range(page, page + n)}
 
     @while_there_are
-    @step(i=which, page=where, n=size)
+    @step(i=which, page=where, n=many)
     def unmap(self, i: int, page: int, n: int) -> None:
         asid, n = self.program(i), min(n, PAGES - page)
         self.m.unmap(asid, page, n)
@@ -208,7 +208,7 @@ class Life(RuleBasedStateMachine):
             self.locked.discard((asid, p))
 
     @while_there_are
-    @step(i=which, page=where, n=size, value=st.integers(0, 1 << 40), alike=st.booleans(), part=st.booleans())
+    @step(i=which, page=where, n=many, value=st.integers(0, 1 << 40), alike=st.booleans(), part=st.booleans())
     def write(self, i: int, page: int, n: int, value: int, alike: bool, part: bool) -> bool:
         """``part``: of each page, the rest of which stays."""
         asid = self.program(i)
@@ -237,7 +237,7 @@ class Life(RuleBasedStateMachine):
         self.locked -= {(asid, p) for p in pages}
 
     @while_there_are
-    @step(i=which, page=where, n=size)
+    @step(i=which, page=where, n=many)
     def read(self, i: int, page: int, n: int) -> bool:
         asid = self.program(i)
         first, n = self.span(asid, page, n)
@@ -292,7 +292,7 @@ class Life(RuleBasedStateMachine):
             assert (self.m.contents(asid) == expected).all()
 
     @while_there_are
-    @step(i=which, page=where, n=size, to=where)
+    @step(i=which, page=where, n=many, to=where)
     def remap(self, i: int, page: int, n: int, to: int) -> bool:
         asid = self.program(i)
         if self.m.header.slots_used and i % 3 == 0:
@@ -314,7 +314,7 @@ class Life(RuleBasedStateMachine):
         return True
 
     @while_there_are
-    @step(i=which, page=where, n=size)
+    @step(i=which, page=where, n=many)
     def dontneed(self, i: int, page: int, n: int) -> bool:
         asid = self.program(i)
         first, n = self.span(asid, page, n)
@@ -327,7 +327,7 @@ class Life(RuleBasedStateMachine):
         return True
 
     @while_there_are
-    @step(i=which, page=where, n=size, advice=st.sampled_from([
+    @step(i=which, page=where, n=many, advice=st.sampled_from([
         mmap.MADV_MERGEABLE, mmap.MADV_MERGEABLE, mmap.MADV_UNMERGEABLE, mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE
     ]))  # fmt: skip
     def advise(self, i: int, page: int, n: int, advice: int) -> bool:
@@ -636,6 +636,7 @@ def drive(enclave: type[Enclave], least: int, **kw: Any) -> type[Life]:
     return life
 
 
+@pytest.mark.timeout(600)
 def test_everything_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     """10,000 steps, in which everything occurs."""
     life = drive(Enclave, 10_000)
@@ -654,8 +655,8 @@ def test_everything_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("part", range(10))
 def test_everything_at_once_for_long(part: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A million steps, in ten parts."""
-    life = drive(Enclave, SOAK // 10)
-    assert life.steps >= SOAK // 10
+    life = drive(Enclave, size(100_000))
+    assert life.steps >= size(100_000)
     with capsys.disabled():
         print(f" {life.steps} steps", end="")
 

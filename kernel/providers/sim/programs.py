@@ -29,6 +29,7 @@ AGED = SWAPPED | lib.SY_PTE_HASFRAME  # a word's state when AGE has taken the pa
 CHUNK: int = lib.SY_CHUNK_PAGES
 HUGE: int = lib.SY_HUGE_ORDER
 ORDERS = range(HUGE + 1)
+AT_ONCE = 64  # frames that the gateway reclaims when none is left; more would empty a small machine
 LOW = {0: 8, 4: 4}  # blocks of a magazine at which it is low, by order; of others: none
 ALL = (1 << 64) - 1
 Words = NDArray[np.uint64]
@@ -389,11 +390,11 @@ class Programs(Base):
         self._message(why, s.asid, pfn, page, n, n.bit_length() - 1, arg=arg)
 
     def _say_where(self, s: Space, pages: Pages, pfns: Pages) -> None:
-        """What the table says of MAPPED frames, whose pages are here now."""
+        """What the table says of MAPPED frames, whose pages, ascending, are here now."""
         self._vpage[pfns] = pages
         self._barrier[pfns] += 1
         self._flags[pfns] &= 0xFF ^ (lib.SY_FF_MERGEABLE | lib.SY_FF_STANDBY)
-        for chunk in np.unique(pages // CHUNK).tolist():
+        for chunk in range(int(pages[0]) // CHUNK, int(pages[-1]) // CHUNK + 1) if len(pages) else ():
             if s.advised(chunk) & lib.SY_ADVICE_MERGE:
                 self._flags[pfns[pages // CHUNK == chunk]] |= lib.SY_FF_MERGEABLE
 
@@ -607,7 +608,7 @@ class Programs(Base):
                 v.ready = [deque() for _ in ORDERS]
             self._release(np.array(sorted(ready)))
             return True
-        if self._settle() or len(self._hand_takes(64)):
+        if self._settle() or len(self._hand_takes(AT_ONCE)):
             return True
         if self.header.oom == lib.SY_OOM_NATIVE:
             self._message(lib.SY_MSG_OOM, s.asid)
