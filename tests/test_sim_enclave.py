@@ -540,6 +540,26 @@ class Life(RuleBasedStateMachine):
         assert self.commit(self.at(pfn, "MERGE", order=order, arg=target)) == [expected]
         return True
 
+    @step(k=which, to=which)
+    def merge_what_is_not_alike(self, k: int, to: int) -> bool:
+        def candidates() -> np.ndarray:
+            return (self.f["state"] == MAPPED) & (self.f["flags"] & (MERGEABLE | lib.SY_FF_SHARING) == MERGEABLE)
+
+        if not ((self.f["state"] == SHARED) & (self.f["asid"] == 0)).any() and (first := self.pick(candidates(), to)) is not None:
+            self.commit(self.at(first, "MERGE", arg=first))
+            self.m.answer()
+        pfn = self.pick(candidates(), k)
+        if pfn is None:
+            return False
+        shared = (self.f["state"] == SHARED) & (self.f["asid"] == 0) & (self.f["refcount"] < lib.SY_MAX_SHARING)
+        target = self.pick(shared & (self.m.ram[:, 0] != self.m.ram[pfn, 0]), to)
+        if target is None:
+            return False
+        self.commit(self.at(pfn, "MERGE", arg=target))
+        self.m.answer()
+        self.compare()
+        return True
+
     @precondition(lambda self: bool(self.m.moves))
     @step(n=st.sampled_from([1, 3, 1000]))
     def stubs_answer(self, n: int) -> None:
