@@ -46,13 +46,14 @@ s.recv(1)
 
 
 class Real:
-    """A gateway in this process and what can be read from it."""
+    """A gateway in this process and what can be read from it. ``swap``: bytes of a store."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, swap: int = 0) -> None:
         self.run_dir = run_dir
         err = ffi.new("char[]", 500)
         self.gw = lib.sy_gw_new(str(run_dir).encode(), FRAMES * PS, 1, err, 500)
         assert self.gw != ffi.NULL, ffi.string(err)
+        assert not swap or lib.sy_gw_set_swap(self.gw, str(run_dir / "swap").encode(), swap, 0) == 0
         assert lib.sy_gw_start(self.gw) == 0
         table = mmap.mmap(lib.sy_gw_frames_fd(self.gw), FRAMES * FRAME_DTYPE.itemsize, prot=mmap.PROT_READ)
         self.frames = np.frombuffer(table, FRAME_DTYPE, FRAMES)
@@ -190,6 +191,18 @@ class Client:
     def clear(self, vpage: int, n: int) -> None:
         for i in range(n):
             self.pte[vpage + i] = lib.SY_PTE_STALE
+
+    def move(self, at: int) -> tuple[int, int, int]:
+        """As mremap() of the stub, to where nothing was: that run, as it is now."""
+        vpage, pfn, n = self.runs.pop(at)
+        new = self.next_vpage
+        self.next_vpage += n
+        self.write_pte(new, pfn, n, lib.SY_PTE_LOCKED | lib.SY_PTE_HASFRAME)
+        self.clear(vpage, n)
+        self.post(lib.SY_MSG_PAGE_MOVED, vpage=new, pfn=pfn, npages=n)
+        self.write_pte(new, pfn, n, lib.SY_PTE_PRESENT)
+        self.runs.append((new, pfn, n))
+        return self.runs[-1]
 
     def bad_claims(self) -> int:
         return int(self.real.spaces()[self.asid].bad_claims)
@@ -430,14 +443,7 @@ class Machine(RuleBasedStateMachine):
         c = self.live(i)
         if not c or not c.runs:
             return
-        vpage, pfn, n = c.runs.pop(j % len(c.runs))
-        new = c.next_vpage
-        c.next_vpage += n
-        c.write_pte(new, pfn, n, lib.SY_PTE_LOCKED | lib.SY_PTE_HASFRAME)
-        c.clear(vpage, n)
-        c.post(lib.SY_MSG_PAGE_MOVED, vpage=new, pfn=pfn, npages=n)
-        c.write_pte(new, pfn, n, lib.SY_PTE_PRESENT)
-        c.runs.append((new, pfn, n))
+        new, pfn, n = c.move(j % len(c.runs))
         self.put(pfn, n, MAPPED, c.asid, new)
 
     @rule(i=which, order=st.integers(0, 9))
@@ -577,6 +583,32 @@ def test_frames_follow_the_model(real: Real) -> None:
             max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_what_stood_by_and_moved_may_do_so_again() -> None:
+    """A page that mremap has moved while it stood by leaves by what is said of it from then on, and is not passed over."""
+    run_dir = Path(tempfile.mkdtemp(prefix="sy-"))
+    r = Real(run_dir, swap=64 * PS)
+    c = Client(r)
+    try:
+        c.fresh()
+        pfn = c.pop(0)
+        c.map(pfn, 0, 1)
+        wait_for(lambda: r.frames["state"][pfn] == MAPPED, 5, "it is not mapped")
+        assert r.check() == ""
+
+        def stand_by() -> str:
+            return r.commit(lib.SY_C_KSWAPD, op=lib.SY_OP_RECLAIM, pfn=pfn, barrier=int(r.frames["barrier"][pfn]), arg=lib.SY_RECLAIM_STANDBY)
+
+        assert (stand_by(), stand_by()) == ("COMPLETE", "STALE")
+        new = c.move(0)[0]
+        wait_for(lambda: r.frames["vpage"][pfn] == new, 5, "it has not moved")
+        assert r.check() == ""  # (under the lock: its barrier is new, too)
+        assert stand_by() == "COMPLETE"
+    finally:
+        c.die()
+        lib.sy_gw_stop(r.gw)
+        shutil.rmtree(run_dir)
 
 
 def test_lost_messages_are_made_up_for(real: Real) -> None:

@@ -84,9 +84,11 @@ class RefillPolicy(BasePolicy):
 
     allocator_class: type[FreeMap]
 
-    def __init__(self, frames: NDArray[np.void], header: Any, nodes: list[tuple[int, int]], txn: Transaction) -> None:
-        super().__init__(frames, header, nodes, txn)
-        self.clock: Callable[[], float] = time.monotonic
+    def __init__(
+        self, frames: NDArray[np.void], header: Any, nodes: list[tuple[int, int]], txn: Transaction, now: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
+        super().__init__(frames, header, nodes, txn, now)
+        self.clock = now
         self.allocator = self.allocator_class(frames, nodes)
         self.magazines: dict[tuple[int, int], Magazine] = {}  # by (asid, order)
         self._owed: set[tuple[int, int]] = set()  # magazines whose ``short`` is not 0

@@ -676,6 +676,7 @@ static void map_frames(struct sy_gateway *g, struct as *a, uint32_t pfn, uint32_
     if (f->state != SY_FRAME_MAPPED) a->mapped++;
     __atomic_store_n(&f->state, SY_FRAME_MAPPED, __ATOMIC_RELEASE);
     f->vpage = vpage + i, f->refcount = 1;
+    f->flags &= (uint8_t)~SY_FF_STANDBY; /* what was chosen was the page where it was: by its barrier, nobody would take this one */
     if (vpage + i < SY_ARENA_PAGES && a->mem[SY_AS_ADVICE_OFF + (vpage + i) / SY_CHUNK_PAGES] & SY_ADVICE_MERGE) f->flags |= SY_FF_MERGEABLE;
     else f->flags &= (uint8_t)~SY_FF_MERGEABLE;
     __atomic_store_n(&f->barrier, f->barrier + 1, __ATOMIC_RELEASE);

@@ -1,5 +1,5 @@
-"""A simulated machine: the ABI's tables, messages and transactions, without Linux below them. Needs no root.
+"""Simulated machines: the ABI's tables, messages and transactions, without Linux below them. Needs no root.
 
-``machine`` frames, pages, store; ``trace`` what programs touch; ``replay`` a trace on a machine with a policy of kswapd; ``opt`` the
-fewest faults possible.
+``base`` frames, zones, store, kswapd's transactions; ``machine`` one address space without contents, quick; ``programs`` and ``enclave`` several with
+contents, and every transaction; ``trace`` what programs touch; ``replay`` policies on a machine; ``opt`` the fewest faults possible.
 """

@@ -1,20 +1,53 @@
-"""A trace on a simulated machine, with a policy of kswapd: the class that the live component runs, called as its runtime calls it."""
+"""Policies on a simulated machine: the classes that live components run, called as their runtime calls them; and a trace with one of kswapd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bus.policy import BasePolicy, Transaction, commit, dispatch, handlers_of
+from kernel.abi import lib
+from kernel.providers.sim.base import Base
 from kernel.providers.sim.machine import Machine
+from kernel.providers.sim.programs import Programs
 from kernel.providers.sim.trace import Trace
 
 MOST_BETWEEN = 64  # accesses between two steps of kswapd
 ACCESS = 1e-6  # seconds that one takes, on the machine's clock
 SPAN = 1 << 16  # accesses looked at in one go, at most, when nothing happens
+
+
+class Agent:
+    """A component's policy on a simulated machine, called as its runtime calls it.
+
+    :param component: enum sy_component_id
+    """
+
+    def __init__(self, machine: Base, policy: type[BasePolicy], component: int) -> None:
+        self.machine, self.component = machine, component
+        self.policy = policy(_read_only(machine.frames), machine.header, machine.nodes, Transaction(machine.frames), lambda: machine.now)
+        self.policy.heat, self.policy.slots = _read_only(machine.heat), _read_only(machine.slots)
+        if isinstance(machine, Programs) and machine.ram[0].nbytes == lib.SY_PAGE_SIZE:
+            self.policy.ram = [_read_only(machine.ram[base : base + size].view(np.uint8)) for base, size in machine.nodes]
+        self.handlers = handlers_of(self.policy)
+        self.policy.rebuild()
+
+    def step(self, events: NDArray[np.void]) -> None:
+        """Events in, transactions out."""
+        if len(events):
+            dispatch(self.handlers, events)
+        self.policy.step()
+        commit(self.policy, lambda ops: self.machine.commit(ops, self.component))
+
+
+def _read_only(table: NDArray[Any]) -> NDArray[Any]:
+    view = table.view()
+    view.flags.writeable = False
+    return view
 
 
 class Replay:
@@ -27,21 +60,12 @@ class Replay:
     def __init__(self, machine: Machine, policy: type[BasePolicy], every: int | None = None) -> None:
         self.machine = machine
         self.every = every or max(1, min(MOST_BETWEEN, machine.header.watermark[0].low // 2))
-        read_only = machine.frames.view()
-        read_only.flags.writeable = False
-        txn = Transaction(read_only)
-        self.policy = policy(read_only, machine.header, machine.nodes, txn, lambda: machine.now)
-        self.policy.heat, self.policy.slots = machine.heat.view(), machine.slots.view()
-        self.policy.heat.flags.writeable = self.policy.slots.flags.writeable = False
-        self.handlers = handlers_of(self.policy)
-        self.policy.rebuild()
+        self.agent = Agent(machine, policy, lib.SY_C_KSWAPD)
+        self.policy = self.agent.policy
 
     def step(self) -> None:
         """Events in, transactions out."""
-        if len(events := self.machine.events()):
-            dispatch(self.handlers, events)
-        self.policy.step()
-        commit(self.policy, self.machine.commit)
+        self.agent.step(self.machine.events())
 
     def run(self, pages: NDArray[np.int64], progress: Callable[[int], None] = lambda _done: None) -> None:
         """Accesses, shape (n,), and a step after every ``every`` of them among which something happened.
