@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,15 @@ from bus.topics import MESSAGES
 from kernel.abi import HEAT_DTYPE, OP_DTYPE, STORED_DTYPE, lib
 
 Handler = Callable[[NDArray[np.void]], None]
+
+
+class Tunable(NamedTuple):
+    """What an operator may set of a policy (``sylvie tune``): least <= value <= most."""
+
+    default: float
+    least: float
+    most: float
+    what: str
 
 
 class Transaction:
@@ -90,6 +99,8 @@ class BasePolicy:
     """
 
     tick = 0.1  # seconds after which step() is called although nothing came
+    # Each is an attribute of that name; it is set before rebuild(), by a restart.
+    tunables: ClassVar[dict[str, Tunable]] = {}
 
     def __init__(
         self,
@@ -110,6 +121,8 @@ class BasePolicy:
         self.header = header  # struct sy_header, read-only
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn
+        for name, tunable in self.tunables.items():
+            setattr(self, name, tunable.default)
         self.now = now  # seconds; a policy asks no other clock, so that a simulated machine can have its own
 
     gather = 0.0  # seconds between two steps, at least: who is in no hurry handles more events at once

@@ -110,6 +110,8 @@ class Runtime:
         t = self.tables
         self.policy = policy_class(t.frames, t.header, t.nodes, self.txn)
         self.policy.heat, self.policy.slots, self.policy.ram = t.heat, t.slots, t.ram
+        for tunable, value in tuned(name, policy_class, run_dir).items():
+            setattr(self.policy, tunable, value)
         self._handlers = handlers_of(self.policy)
         # In the order of TOPICS: the gateway's sync batches come in that order too, see join().
         wanted = {topic_of(_NAME[value]) for value in self._handlers}
@@ -287,6 +289,16 @@ def implementation_of(name: str, run_dir: str | Path) -> str:
     if not isinstance(chosen, str) or not chosen.isidentifier() or chosen.startswith("_"):
         raise BusError(f"{path}: {chosen!r} is not the name of an implementation of {name}")
     return chosen
+
+
+def tuned(name: str, policy_class: type[BasePolicy], run_dir: str | Path) -> dict[str, float]:
+    """What config.json sets of a policy's tunables; what is meant for another policy of that component, or out of bounds, is left out."""
+    try:
+        chosen = json.loads((Path(run_dir) / "config.json").read_text()).get("tuned", {}).get(name, {})
+        return {k: float(v) for k, v in chosen.items() if k in policy_class.tunables and policy_class.tunables[k].least <= v <= policy_class.tunables[k].most}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("no tunables from config.json: %s", error)
+        return {}
 
 
 def load_policy(name: str, implementation: str) -> type[BasePolicy]:

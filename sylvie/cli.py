@@ -235,6 +235,27 @@ def watermarks(ctx: click.Context, marks: tuple[int, ...], node: int, as_json: b
 
 
 @cli.command()
+@click.argument("component")
+@click.argument("settings", nargs=-1, metavar="[NAME=VALUE…]")
+@json_option
+@run_dir_option
+@click.pass_context
+def tune(ctx: click.Context, component: str, settings: tuple[str, ...], as_json: bool, run_dir: str | None) -> None:
+    """Show what can be set of a component's policy; or set it, under whatever runs.
+
+    \b
+    Example: sylvie tune ksm
+             sylvie tune ksm cpu=5% pages_to_scan=1000
+    """
+    from sylvie import life, show
+
+    if settings:
+        life.tune(chosen(ctx, run_dir), component, settings)
+    else:
+        show.tunables(chosen(ctx, run_dir), component, as_json)
+
+
+@cli.command()
 @json_option
 @run_dir_option
 @click.pass_context

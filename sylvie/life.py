@@ -342,6 +342,40 @@ def swap(run_dir: Path, component: str, implementation: str) -> None:
     )
 
 
+def tunables(run_dir: Path, component: str) -> dict[str, dict[str, Any]]:
+    """What can be set of a component's policy: by name its ``value`` now, ``default``, ``least``, ``most``, and ``what`` it is."""
+    from bus.runtime import implementation_of, load_policy, tuned
+
+    if component not in components():
+        raise Problem(f"there is no component {component}: choose from {', '.join(components())}")
+    if not (run_dir / "config.json").exists():
+        raise Problem(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`")
+    policy = load_policy(component, implementation_of(component, run_dir))
+    now = tuned(component, policy, run_dir)
+    return {name: t._asdict() | {"value": now.get(name, t.default)} for name, t in policy.tunables.items()}
+
+
+def tune(run_dir: Path, component: str, settings: tuple[str, ...]) -> None:
+    """Sets NAME=VALUE of a component's policy and restarts it. :raises Problem: unknown, malformed or out of bounds: nothing is changed"""
+    there = tunables(run_dir, component)
+    fresh = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in there:
+            raise Problem(f"{component} has no tunable {name}: {', '.join(there) or 'its policy has none'}")
+        try:
+            value = parse_share(name, text) if text.endswith("%") else float(text)
+        except ValueError:
+            raise Problem(f"{setting}: give a number, or a share such as 25%") from None
+        if not there[name]["least"] <= value <= there[name]["most"]:
+            raise Problem(f"{setting}: from {there[name]['least']:g} to {there[name]['most']:g}")
+        fresh[name] = value
+    config = json.loads((run_dir / "config.json").read_text())
+    before = config.get("tuned", {})
+    write_config(run_dir, config | {"tuned": before | {component: before.get(component, {}) | fresh}})
+    swap(run_dir, component, config["components"].get(component, component))
+
+
 def restart(run_dir: Path, component: str) -> None:
     """As ``supervisorctl restart``."""
     s = rpc(run_dir)

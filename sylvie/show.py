@@ -162,6 +162,23 @@ def watermarks(run_dir: Path, node: int, marks: tuple[int, ...], as_json: bool) 
     Console().print(t)
 
 
+def tunables(run_dir: Path, component: str, as_json: bool) -> None:
+    """What can be set of a component's policy."""
+    from sylvie import life
+
+    found = life.tunables(run_dir, component)
+    if as_json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    t = Table(component, "value", "default", "from", "to", "", box=None)
+    for name, of in found.items():
+        t.add_row(name, *(f"{of[k]:g}" for k in ("value", "default", "least", "most")), of["what"])
+    Console().print(t if found else f"the policy of {component} has no tunables")
+
+
 def slabinfo(run_dir: Path, as_json: bool) -> None:
     """Compressed pages by size."""
     answer = control(run_dir, {"t": "slabinfo"})

@@ -295,3 +295,26 @@ def test_supervisorctl_in_the_repository(root_dir: Path) -> None:
     finally:
         take_down(e)
     assert not e.run_dir.exists()
+
+
+def test_tunables(enclave: Enclave) -> None:
+    """Shown, set under what runs, kept over restarts; what is wrong changes nothing."""
+    before = json.loads(enclave.cli("tune", "ksm", "--json").stdout)
+    assert before["cpu"]["value"] == before["cpu"]["default"] and "cpu" in enclave.cli("tune", "ksm").stdout
+    pid = enclave.component("ksm")["pid"]
+    for bad, why in (("speed=1", "no tunable speed"), ("cpu=fast", "give a number"), ("cpu=7", "from 0.001 to 1"), ("cpu=700%", "share from 0% to 100%")):
+        done = enclave.cli("tune", "ksm", bad, ok=False)
+        assert done.returncode == 1 and why in done.stderr, done
+    assert json.loads(enclave.cli("tune", "ksm", "--json").stdout) == before and enclave.component("ksm")["pid"] == pid
+    assert "no component" in enclave.cli("tune", "slub", ok=False).stderr
+    enclave.cli("tune", "ksm", "cpu=5%", "pages_to_scan=1000")
+    try:
+        assert enclave.component("ksm")["pid"] != pid
+        now = json.loads(enclave.cli("tune", "ksm", "--json").stdout)
+        assert (now["cpu"]["value"], now["pages_to_scan"]["value"], now["idle_cpu"]) == (0.05, 1000, before["idle_cpu"])
+        enclave.cli("swap", "ksm", "hot_aware")
+        assert json.loads(enclave.cli("tune", "ksm", "--json").stdout)["cpu"]["value"] == 0.05
+        assert json.loads(enclave.cli("tune", "buddy", "--json").stdout) == {}
+    finally:
+        enclave.cli("swap", "ksm", "scan")
+        enclave.cli("tune", "ksm", f"cpu={before['cpu']['default']}", f"pages_to_scan={before['pages_to_scan']['default']}")

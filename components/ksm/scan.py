@@ -5,21 +5,18 @@ bytes before it merges: a checksum that two different pages share costs a refuse
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bus.policy import BasePolicy
+from bus.policy import BasePolicy, Tunable
 from bus.tables import FRAME_STATES, alike_blocks
 from kernel.abi import lib
 
 MAPPED, SHARED = FRAME_STATES["mapped"], FRAME_STATES["shared"]
 BUSY = lib.SY_FF_SHARING | lib.SY_FF_SWAPPING | lib.SY_FF_TARGET
-SCAN = 8192  # pages looked at in one step, at most
-PART = 4  # … which takes at most 1/PART of the time while something is found,
-IDLE = 10  # and 1/IDLE otherwise (ksmd's advisor: as quickly as it pays)
 LONGEST = 1.0  # seconds between two steps, at most
 HOLDER = 16  # bytes that the gateway keeps for a shared page
 PER_STABLE: int = lib.SY_MAX_SHARING
@@ -45,6 +42,15 @@ class Policy(BasePolicy):
 
     tick = 0.1
     gather = 0.02
+    # As ksmd's advisor: as quickly as it pays.
+    tunables: ClassVar[dict[str, Tunable]] = {
+        "cpu": Tunable(0.25, 0.001, 1.0, "share of one core that looking may take while something is found"),
+        "idle_cpu": Tunable(0.1, 0.001, 1.0, "… and otherwise"),
+        "pages_to_scan": Tunable(8192, 16, 1 << 20, "pages looked at in one step, at most"),
+    }
+    cpu: float
+    idle_cpu: float
+    pages_to_scan: float
 
     def rebuild(self) -> None:
         n = len(self.frames)
@@ -107,21 +113,21 @@ class Policy(BasePolicy):
         if began < self.look_at or not self.ram:
             return
         ours = self.candidates()
-        at = int(np.searchsorted(ours, self.cursor))
-        some, again = ours[at : at + SCAN], np.intersect1d(self.again, ours)
+        at, scan = int(np.searchsorted(ours, self.cursor)), int(self.pages_to_scan)
+        some, again = ours[at : at + scan], np.intersect1d(self.again, ours)
         self.unstable = np.intersect1d(self.unstable, ours)
         self.again = NOTHING
         if len(some):
             self._look(some, again)
-        if at + SCAN >= len(ours):  # a round is over
+        if at + scan >= len(ours):  # a round is over
             self.full_scans += 1
             self.volatile = self.volatile_now
             self.cursor = 0
             self._new_round()
         else:
-            self.cursor = int(ours[at + SCAN - 1]) + 1
+            self.cursor = int(ours[at + scan - 1]) + 1
         took = self.now() - began
-        pause = took * (PART if self.found or len(self.again) else IDLE)
+        pause = took * (1 / (self.cpu if self.found or len(self.again) else self.idle_cpu) - 1)
         self.look_at = self.now() + (min(pause, LONGEST) if len(ours) else 0.5)
 
     def _page(self, pfns: NDArray[np.int64]) -> NDArray[np.int64]:

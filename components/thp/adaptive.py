@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from components.thp.khugepaged import DENSE, PAGES, WASTE, CollapsePolicy, Ranges
+from components.thp.khugepaged import DENSE, PAGES, CollapsePolicy, Ranges
 from kernel.abi import lib
 
 PLENTY, SOME = 0.5, 0.1  # share of RAM that is free
@@ -65,14 +65,14 @@ class Policy(CollapsePolicy):
         known = np.where(ranges.looked >= LOOKED, np.minimum(self.idle(ranges), ranges.huge), ranges.huge)
         collapsed = np.isin(ranges.key, np.fromiter(self.filled, np.int64, len(self.filled)))
         self.spent = sum(self.filled.values()) + int(known[~collapsed].sum())
-        return max(0, len(self.frames) // WASTE - self.spent)
+        return max(0, int(self.waste * len(self.frames)) - self.spent)
 
     def order_for(self, ranges: int, dense: float, sparse: float, free: float) -> tuple[int, int]:
         order, most = self.default_order()
         if free < SOME or (ranges >= MANY and sparse > 0.5):
             return min(order, 2), min(most, 4)
         # (the order to begin with is the enclave's setting; growing is ours)
-        return (order, most) if self.spent + PAGES <= len(self.frames) // WASTE else (order, max(order, min(most, 5)))
+        return (order, most) if self.spent + PAGES <= int(self.waste * len(self.frames)) else (order, max(order, min(most, 5)))
 
     def _set_orders(self, ranges: Ranges, free: float, blocks: int) -> None:
         super()._set_orders(ranges, free, blocks)

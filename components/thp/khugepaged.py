@@ -4,21 +4,19 @@ from what became of it. A policy says how full a range must be, and where."""
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bus.policy import BasePolicy
+from bus.policy import BasePolicy, Tunable
 from bus.tables import FRAME_STATES
 from kernel.abi import lib
 
 MAPPED = FRAME_STATES["mapped"]
 PAGES: int = lib.SY_CHUNK_PAGES  # 512: of a range, which is aligned to its size
 AT_ONCE = 16  # ranges collapsed in one step, at most; the gateway takes 8 of one address space
-PART = 20  # scanning takes at most 1/PART of the time
 DENSE = 0.9  # of a range's pages in use: it is nearly full
-WASTE = 8  # pages that huge blocks have added, and of which nobody knows whether they are used, are at most 1/WASTE of RAM
 LEAVING = lib.SY_FF_STANDBY | lib.SY_FF_SWAPPING  # kswapd wants it
 
 
@@ -70,6 +68,12 @@ class CollapsePolicy(BasePolicy):
     tick = 0.2
     gather = 0.2
     only_advised = False  # only where the program asked for it by MADV_HUGEPAGE
+    tunables: ClassVar[dict[str, Tunable]] = {
+        "waste": Tunable(0.125, 0.0, 1.0, "pages that huge blocks have added, and of which nobody knows whether they are used: share of RAM, at most"),
+        "cpu": Tunable(0.05, 0.001, 1.0, "share of one core that looking may take"),
+    }
+    waste: float
+    cpu: float
 
     def max_ptes_none(self, free: float) -> int:
         """How many of a range's 512 pages may be untouched; -1: collapse nothing. ``free``: share of RAM that is."""
@@ -143,7 +147,7 @@ class CollapsePolicy(BasePolicy):
 
     def left(self, ranges: Ranges) -> int:
         """Pages that may still be wasted."""
-        return max(0, len(self.frames) // WASTE - sum(self.filled.values()))
+        return max(0, int(self.waste * len(self.frames)) - sum(self.filled.values()))
 
     def step(self) -> None:
         now = self.now()
@@ -160,7 +164,7 @@ class CollapsePolicy(BasePolicy):
         chosen = self._choose(ranges, self.max_ptes_none(free), min(blocks, AT_ONCE), left, short, now)
         if short:
             self._split(ranges, now)
-        self.look_at = self.now() + PART * (self.now() - now) + (0.0 if chosen or short else 1.0)
+        self.look_at = self.now() + (1 / self.cpu - 1) * (self.now() - now) + (0.0 if chosen or short else 1.0)
 
     def _split(self, ranges: Ranges, now: float) -> None:
         """Takes blocks apart of which kswapd wants some pages, or suspects them (AGE), and others are in use. Of what is all cold nothing needs to stay mapped."""
