@@ -76,13 +76,13 @@ def test_these_are_all() -> None:
     assert {c: sorted(names) for c, names in TURNS.items() if c in ("thp", "autonuma", "ksm")} == {c: implementations(c) for c in ("thp", "autonuma", "ksm")}
 
 
-@pytest.mark.parametrize("what", ["redis", "sqlite"])
+@pytest.mark.parametrize("what", ["redis", "sqlite", pytest.param("memtester", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_programs_of_twice_the_memory(enclave: Enclave, what: str, tmp_path: Path) -> None:
     cmd = larger_than_memory(what, RAM, tmp_path)
     native = subprocess.run(cmd, capture_output=True, text=True, timeout=60).stdout
     p = enclave.popen(cmd, "--ksm")
     out = ended_under(enclave, p, 1, 3)
-    assert (p.returncode, out) == (0, native)
+    assert p.returncode == 0 and (out == native or what == "memtester"), out  # (which writes how far it is)
 
 
 @pytest.mark.parametrize("what", ["forks", "calls"])
