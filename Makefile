@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CMD ?=
 
-.PHONY: setup run test soak fuzz lint bench clean
+.PHONY: setup run test vmtest soak fuzz lint bench clean
 setup: $(VENV)/.ready
 	@$(PY) -m kernel.native.build
 
@@ -19,7 +19,12 @@ run: setup
 
 # Two at a time: most tests wait for something most of the time. What needs the machine for itself is marked `alone`.
 test: setup
-	$(PY) -m pytest -m "not soak" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not soak and not vm" -n 2 --dist loadfile
+
+# In an emulated machine with two NUMA nodes and the oldest kernel that Sylvie runs on.
+vmtest: setup
+	@tools/system-packages vm
+	$(PY) tests/vm/run.py
 
 soak: setup
 	$(PY) -m pytest -m soak --timeout 3600
