@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -66,43 +68,52 @@ def kernel() -> Path:
     if found := sorted(BUILD.glob("kernel/boot/vmlinuz-*")):
         return found[-1]
     if not shutil.which("apt-get"):
-        raise Missing(f"no kernel: put a vmlinuz (as of Debian's package {KERNEL_PACKAGE}) into {BUILD}/kernel/boot")
-    depends = subprocess.run(["apt-cache", "depends", KERNEL_PACKAGE], capture_output=True, text=True, timeout=60).stdout
-    if not (name := re.search(r"Depends: (linux-image-\S+)", depends)):
-        raise Missing(f"apt knows no {KERNEL_PACKAGE}: apt-get update")
+        raise Missing(f"no kernel: put a vmlinuz, such as of Debian's package {KERNEL_PACKAGE}, into {BUILD}/kernel/boot")
     fresh = BUILD / "kernel.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    print(f"fetching {name[1]}", flush=True)
-    # As root apt would fetch as its own user, which may not write here.
-    if subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name[1]], cwd=fresh, timeout=300).returncode:
-        raise Missing(f"apt-get cannot download {name[1]}: apt-get update")
+    if not fetched(fresh):  # apt's lists are old, or there are none
+        if os.geteuid() == 0:
+            subprocess.run(["apt-get", "-qq", "update"], timeout=300)
+        if not fetched(fresh):
+            raise Missing(f"apt-get cannot download {KERNEL_PACKAGE}: apt-get update, as root")
     deb = next(fresh.glob("*.deb"))
     subprocess.run(["dpkg-deb", "-x", deb, fresh], check=True, timeout=120)
     deb.unlink()
-    shutil.rmtree(fresh / "lib", ignore_errors=True)
+    shutil.rmtree(fresh / "lib", ignore_errors=True)  # its modules
     fresh.rename(BUILD / "kernel")
     return kernel()
 
 
+def fetched(to: Path) -> bool:
+    """Whether apt has put the package that KERNEL_PACKAGE stands for there."""
+    depends = subprocess.run(["apt-cache", "depends", KERNEL_PACKAGE], capture_output=True, text=True, timeout=60).stdout
+    if not (name := re.search(r"Depends: (linux-image-\S+)", depends)):
+        return False
+    print(f"fetching {name[1]}", flush=True)
+    # As root apt would fetch as a user of its own, who may not write there.
+    done = subprocess.run(["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", name[1]], cwd=to, timeout=300)
+    return done.returncode == 0
+
+
 # ---- the image ----
 class Files:
-    """What goes into an archive, by its path there: what it is here."""
+    """What goes into an archive, at the paths that it has here; but for what is in ``before``, an archive that the machine has, too."""
 
-    def __init__(self, within: Files | None = None) -> None:
-        self.within = within.at if within else {}  # an earlier archive that the machine has, too
-        self.at: dict[Path, Path] = {}
+    def __init__(self, before: Files | None = None) -> None:
+        self.before: set[Path] = before.paths if before else set()
+        self.paths: set[Path] = set()
 
     def add(self, path: Path) -> None:
         """A file, directory (alone) or symbolic link; with the directories above it and what links lead to."""
-        if path in self.at or path in self.within:
+        if path in self.paths or path in self.before:
             return
         if path != path.parent:
             self.add(path.parent)
             if (real := path.parent.resolve()) != path.parent:  # the links are there now; what is named goes to where they lead
                 self.add(real / path.name)
                 return
-        self.at[path] = path
+        self.paths.add(path)
         if path.is_symlink():
             self.add(path.parent / os.readlink(path))
 
@@ -117,7 +128,7 @@ class Files:
 
     def libraries(self) -> None:
         """The shared libraries of every program and library so far."""
-        objects = [p for p in self.at.values() if p.is_file() and not p.is_symlink() and (os.access(p, os.X_OK) or ".so" in p.name)]
+        objects = [p for p in self.paths if p.is_file() and not p.is_symlink() and (os.access(p, os.X_OK) or ".so" in p.name)]
         elf = [str(p) for p in objects if p.open("rb").read(4) == b"\x7fELF"]
         said = subprocess.run(["ldd", *elf], capture_output=True, text=True, timeout=120).stdout
         for path in sorted(set(re.findall(r"(?:=> |^\s+)(/\S+) \(0x", said, re.M))):
@@ -126,30 +137,23 @@ class Files:
     def key(self) -> str:
         """Changes when anything does."""
         h = hashlib.sha256(Path(__file__).read_bytes())
-        for to, path in sorted(self.at.items()):
+        for path in sorted(self.paths):
             s = path.lstat()
-            h.update(f"{to} {s.st_mode} {0 if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)}\n".encode())
+            h.update(f"{path} {s.st_mode} {0 if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)}\n".encode())
         return h.hexdigest()
 
     def archive(self) -> Iterator[bytes]:
         """As cpio's newc format (Documentation/driver-api/early-userspace/buffer-format.rst)."""
-        for to, path in sorted(self.at.items()):
-            if to == to.parent:
-                continue
+        for path in sorted(self.paths - {Path("/")}):
             s = path.lstat()
             content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-            yield member(str(to).lstrip("/"), s.st_mode, content, int(s.st_mtime))
+            yield member(str(path).lstrip("/"), s.st_mode, content, int(s.st_mtime))
         yield member("TRAILER!!!", 0, b"")
-
-
-serial = 0
 
 
 def member(name: str, mode: int, content: bytes, mtime: int = 0) -> bytes:
     """One of a newc archive, owned by root."""
-    global serial
-    serial += 1
-    fields = [serial, mode, 0, 0, 1, mtime, len(content), 0, 0, 0, 0, len(name) + 1, 0]
+    fields = [0, mode, 0, 0, 1, mtime, len(content), 0, 0, 0, 0, len(name) + 1, 0]
     head = b"070701" + b"".join(b"%08X" % f for f in fields) + name.encode() + b"\0"
     return head + b"\0" * (-len(head) % 4) + content + b"\0" * (-len(content) % 4)
 
@@ -168,14 +172,13 @@ def system() -> Files:
         if os.path.exists(path):
             f.add(Path(path))
     f.add(Path(sys.base_prefix))
-    for python in (Path(sys.prefix, "bin").glob("python*")):
-        f.add(python)
     for directory in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})}:
         f.tree(Path(directory), LIBRARY_WITHOUT)
     venv = Path(sys.prefix)
     f.add(venv / "pyvenv.cfg")
     f.tree(venv / "bin", PACKAGES_WITHOUT)
-    f.tree(Path(sysconfig.get_path("purelib")), PACKAGES_WITHOUT)
+    for directory in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        f.tree(Path(directory), PACKAGES_WITHOUT)
     f.libraries()
     return f
 
@@ -222,7 +225,8 @@ def image(arguments: list[str]) -> Path:
         parts.append(at)
     env = {"SYLVIE_TEST_SLOW": SLOW, "SYLVIE_TEST_PROGRAMS": programs, "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     lines = [f"export {k}={shlex.quote(str(v))}" for k, v in env.items()]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist", "--color=no", "-v", "--tb=short", "--durations=0", f"--timeout={180 * SLOW}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:xdist", "--color=no", "-v", "--tb=short",
+               "--durations=0", f"--timeout={180 * SLOW}", *arguments]  # fmt: skip
     lines += [f"cd {shlex.quote(str(ROOT))}", shlex.join(command)]
     whole = BUILD / "initramfs.cpio"
     with whole.open("wb") as out:
@@ -243,13 +247,14 @@ def boot(vmlinuz: Path, initramfs: Path) -> int:
         raise Missing("qemu-system-x86_64 is not installed: tools/system-packages vm")
     status = BUILD / "status"
     status.write_text("")
-    command: list[str | Path] = [qemu, "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
-               "-m", f"{2 * NODE_MIB}M", "-serial", "stdio", "-serial", f"file:{status}", "-kernel", vmlinuz, "-initrd", initramfs]  # fmt: skip
+    command = [qemu, "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+               "-m", f"{2 * NODE_MIB}M", "-serial", "stdio", "-serial", f"file:{status}", "-kernel", str(vmlinuz), "-initrd", str(initramfs)]  # fmt: skip
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size={NODE_MIB}M", "-numa", f"node,nodeid={node},cpus={node},memdev=m{node}"]
     command += ["-numa", f"dist,src=0,dst=1,val={DISTANCE}"]
     command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on"]
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what ends the machine
     p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     over = threading.Timer(LIMIT, p.kill)
     over.start()
@@ -267,7 +272,8 @@ def boot(vmlinuz: Path, initramfs: Path) -> int:
     if not text.isdigit():
         print(f"vmtest: {f'not done after {LIMIT:g} s' if late else 'the machine ended without a result'}", file=sys.stderr)
         return 1
-    print(f"vmtest: {time.monotonic() - began:.0f} s in the machine; pytest ended with {text}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"vmtest: {time.monotonic() - began:.0f} s ({used.ru_utime + used.ru_stime:.0f} of CPU time); pytest ended with {text}")
     return int(text)
 
 
