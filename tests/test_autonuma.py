@@ -49,10 +49,13 @@ class Piece:
     pages: int
     frames: NDArray[np.void]
 
-    def __call__(self, node: int) -> float:
+    def mine(self) -> NDArray[np.int64]:
+        """Its frames."""
         f, first = self.frames, (self.at - lib.SY_ARENA_START) // 4096
-        mine = f[(f["state"] == lib.SY_FRAME_MAPPED) & (f["asid"] == self.asid) & (f["vpage"] >= first) & (f["vpage"] < first + self.pages)]
-        return float(np.count_nonzero(mine["node"] == node)) / self.pages
+        return np.flatnonzero((f["state"] == lib.SY_FRAME_MAPPED) & (f["asid"] == self.asid) & (f["vpage"] >= first) & (f["vpage"] < first + self.pages))
+
+    def __call__(self, node: int) -> float:
+        return float(np.count_nonzero(self.frames["node"][self.mine()] == node)) / self.pages
 
 
 @contextlib.contextmanager
