@@ -165,18 +165,20 @@ def test_what_this_kernel_lacks(enclave: Enclave) -> None:
 
 @pytest.mark.skipif(not FLOOR, reason="a newer kernel may have DAMON")
 def test_heat_comes_from_hint_faults(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
-    """With a policy that wants to know: what is in use is seen to be, and what is not, not."""
+    """With a policy that wants to know: what is in use is seen to be, and what is not, not. A window is short for so slow a machine: a page in use
+    is not seen in each."""
     enclave.cli("swap", "ksm", "hot_aware")
     try:
-        with placed(enclave, compiled, "hot", 8, 4) as pieces:
+        with placed(enclave, compiled, "hot", 8, 4) as (cold, hot):
             t = tables(enclave)
 
-            def looks(piece: Piece) -> NDArray[np.void]:
-                return t.heat[piece.mine()[t.heat["looks"][piece.mine()] > 0]]
+            def looks(piece: Piece, least: int) -> NDArray[np.void]:
+                at = piece.mine()
+                return t.heat[at[t.heat["looks"][at] >= least]]
 
-            wait_for(lambda: all(len(looks(p)) > p.pages // 4 for p in pieces), 60, "not enough is looked at")
-            cold, hot = (looks(p) for p in pieces)
-            assert set(cold["source"].tolist()) == {lib.SY_HEAT_HINT} and enclave.status()["heat"]["source"] == "hint"
-            assert (hot["seen"] > 0).mean() > 0.8 and (cold["seen"] & 0xC0 > 0).mean() < 0.2
+            wait_for(lambda: np.count_nonzero(looks(hot, 1)["seen"]) > hot.pages // 2 and len(looks(cold, 3)) > cold.pages // 4, 60, "too little is seen")
+            unused = looks(cold, 3)
+            assert set(unused["source"].tolist()) == {lib.SY_HEAT_HINT} and enclave.status()["heat"]["source"] == "hint"
+            assert (unused["seen"] & 0xC0 > 0).mean() < 0.1
     finally:
         enclave.cli("swap", "ksm", "scan")
