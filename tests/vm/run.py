@@ -250,7 +250,7 @@ def boot(vmlinuz: Path, initramfs: Path) -> int:
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size={NODE_MIB}M", "-numa", f"node,nodeid={node},cpus={node},memdev=m{node}"]
     command += ["-numa", f"dist,src=0,dst=1,val={DISTANCE}"]
-    command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on"]
+    command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off norandmaps tsc=reliable no_timer_check random.trust_cpu=on"]
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what ends the machine
     p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
