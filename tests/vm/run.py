@@ -46,7 +46,6 @@ TESTS = [
     "tests/test_programs.py::test_every_call_behaves_as_natively",
     "tests/test_programs.py::test_calls_and_forks_past_libc",
     "tests/test_programs.py::test_bash_pipeline",
-    "tests/test_swap.py::test_as_natively[forks]",
 ]
 PROGRAMS = ["bash", "cat", "echo", "ls", "mount", "prlimit", "seq", "setpriv", "sha256sum", "sleep", "sort", "tr", "true",
             "umount", "wc"]  # fmt: skip
