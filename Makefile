@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CMD ?=
 
-.PHONY: setup run test soak fuzz lint bench clean
+.PHONY: setup run test vmtest soak fuzz lint bench clean
 setup: $(VENV)/.ready
 	@$(PY) -m kernel.native.build
 
@@ -19,6 +19,11 @@ run: setup
 
 test: setup
 	tools/run-tests $(PY)
+
+# In an emulated machine with two NUMA nodes and the oldest kernel that Sylvie runs on.
+vmtest: setup
+	@tools/system-packages vm
+	$(PY) tests/vm/run.py
 
 soak: setup
 	$(PY) -m pytest -m soak --timeout 3600

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import inspect
 import json
 import os
 import shutil
@@ -26,6 +28,28 @@ SYLVIE = Path(sys.executable).with_name("sylvie")
 # What has been ignored stays so in every program that is started: without a terminal (nohup) tests of that signal would mislead.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 PROGRAMS = Path(__file__).resolve().parent / "programs"
+
+
+# On a machine so many times slower (tests/vm) every wait for something may take so much longer. Where nothing is awaited, time.sleep() stays as it is.
+SLOW = float(os.environ.get("SYLVIE_TEST_SLOW", "1"))
+
+
+def _longer(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of subprocess.Popen: its ``timeout``, times SLOW."""
+
+    @functools.wraps(method)
+    def with_patience(*args: Any, **kw: Any) -> Any:
+        bound = inspect.signature(method).bind(*args, **kw)
+        if bound.arguments.get("timeout") is not None:
+            bound.arguments["timeout"] *= SLOW
+        return method(*bound.args, **bound.kwargs)
+
+    return with_patience
+
+
+if SLOW != 1:
+    for _name in ("communicate", "wait"):
+        setattr(subprocess.Popen, _name, _longer(getattr(subprocess.Popen, _name)))
 
 
 def lock_file(config: pytest.Config) -> Path | None:
@@ -136,7 +160,7 @@ def open_files(directory: str, named: str = "") -> dict[str, int]:
 
 def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> Any:
     """Polls until condition() is true and returns its value. AssertionError after timeout seconds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * SLOW
     while True:
         if value := condition():
             return value
@@ -189,6 +213,15 @@ def own_enclave(root_dir: Path, request: pytest.FixtureRequest) -> Iterator[Encl
     take_down(e)
 
 
+def compile_program(name: str, target: Path) -> None:
+    """tests/programs/NAME.c."""
+    subprocess.run(
+        ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl", "-llz4"],
+        check=True,
+        timeout=60,
+    )
+
+
 @pytest.fixture(scope="session")
 def compiled(root_dir: Path) -> Callable[[str], Path]:
     """Compiles tests/programs/NAME.c, once."""
@@ -196,11 +229,10 @@ def compiled(root_dir: Path) -> Callable[[str], Path]:
     def build(name: str) -> Path:
         target = root_dir / name
         if not target.exists():
-            subprocess.run(
-                ["gcc", "-O2", "-Wall", "-Wextra", "-o", target, PROGRAMS / f"{name}.c", "-lpthread", "-ldl", "-llz4"],
-                check=True,
-                timeout=60,
-            )
+            if ready := os.environ.get("SYLVIE_TEST_PROGRAMS"):  # where there is no compiler
+                shutil.copy(Path(ready, name), target)
+            else:
+                compile_program(name, target)
         return target
 
     return build
