@@ -316,10 +316,10 @@ static int answer_released(struct pending *p) {
 }
 static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int64_t r, int asked);
 static void not_owned(struct sy_gateway *g, struct as *a, const uint64_t *args);
-/* Commands are done in any order (an EVICT may be before its turn): the place of the next one must be free. */
-static int may_send(const struct as *a) {
+/* Commands are done in any order (an EVICT may be before its turn, and the last place is kept for one): the place of the next one must be free. */
+static int may_send(const struct as *a, uint32_t op) {
   uint64_t id = a->cmd_id + 1;
-  return a->outstanding < SY_CMD_SLOTS && (id <= SY_CMD_SLOTS || __atomic_load_n(&a->ctl->done[id % SY_CMD_SLOTS].id, __ATOMIC_ACQUIRE) == id - SY_CMD_SLOTS);
+  return a->outstanding < SY_CMD_SLOTS - (op != SY_CMD_EVICT) && (id <= SY_CMD_SLOTS || __atomic_load_n(&a->ctl->done[id % SY_CMD_SLOTS].id, __ATOMIC_ACQUIRE) == id - SY_CMD_SLOTS);
 }
 static void send_command(struct as *a, struct pending *p) {
   struct sy_cmd *c = &a->mag->cmd[a->mag->cmd_tail % SY_CMD_SLOTS];
@@ -362,8 +362,8 @@ static void finish_commands(struct sy_gateway *g, struct as *a, int all) {
     *p = g->pend[--g->npend];
     i--;
   }
-  for (int i = 0; a && !all && i < g->npend && may_send(a); i++)
-    if (g->pend[i].as == a && !g->pend[i].cmd_id) send_command(a, &g->pend[i]);
+  for (int i = 0; a && !all && i < g->npend; i++)
+    if (g->pend[i].as == a && !g->pend[i].cmd_id && may_send(a, g->pend[i].op)) send_command(a, &g->pend[i]);
 }
 static struct as *as_of_process(struct sy_gateway *g, pid_t pid) {
   for (uint32_t i = g->nas; i-- > 0;) /* the newest of that pid */
@@ -387,7 +387,7 @@ static int command(struct sy_gateway *g, struct as *a, uint32_t op, int nr, cons
   *p = (struct pending){.as = a, .listener = listener, .notif_id = notif_id, .op = op, .nr = (uint32_t)nr};
   if (args) memcpy(p->args, args, sizeof p->args);
   if (op == SY_CMD_RELEASE) a->release_nr = (uint32_t)nr;
-  if (may_send(a)) send_command(a, p); /* else when one of those is done */
+  if (may_send(a, op)) send_command(a, p); /* else when one of those is done */
   return 0;
 }
 /* The tree has ended, or is not to be served any more: what it waits for its keeper answers. */

@@ -217,7 +217,7 @@ class Enclave(Programs):
         return self._queue_move(s, chunk * CHUNK, CHUNK, NO_FRAME, NO_FRAME, most, op.pfn // self._per, HUGE)
 
     def _op_split(self, op: Op) -> int:
-        if op.order != HUGE or op.pfn >= len(self.frames):
+        if op.order >= HUGE or op.pfn >= len(self.frames) or op.arg:
             return int(lib.SY_R_INVALID)
         s = self._movable(op.pfn, 1) if self._current(op.pfn, op.barrier) else None
         chunk = int(self._vpage[op.pfn]) // CHUNK
