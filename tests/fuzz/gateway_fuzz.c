@@ -347,6 +347,13 @@ static void run_storer(void) {
         MUST(n && n <= SY_CHUNK_PAGES && c->args[0] + n <= SY_ARENA_PAGES && c->args[2] + n <= FRAMES && c->args[2] % n == 0, "a stub is told to move %lu pages from page %lu on to frame %lu", n, c->args[0], c->args[2]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : 1}; /* (who says so, and has not, has only more frames in hand) */
       }
+      if (c && c->op == SY_CMD_OWN && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
+        uint64_t n = c->args[1];
+        MUST(n && n <= SY_CHUNK_PAGES && c->args[0] + n <= SY_ARENA_PAGES && c->args[2] + n <= FRAMES, "a stub is told to own %lu pages from page %lu on in frame %lu", n, c->args[0], c->args[2]);
+        for (uint64_t k = 0; a != honest && id & 1 && k < n; k++)
+          if (a->pte[c->args[0] + k] >> SY_PTE_PFN_SHIFT == c->args[2] + k) a->pte[c->args[0] + k] = (c->args[2] + k) << SY_PTE_PFN_SHIFT | SY_PTE_PRESENT;
+        a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, id & 1 ? (int64_t)n : -EAGAIN};
+      }
       if (c && c->op == SY_CMD_REMAP && a->ctl->done[id % SY_CMD_SLOTS].id != id) {
         MUST(c->args[1] == SY_CHUNK_PAGES && c->args[0] % SY_CHUNK_PAGES == 0 && c->args[0] < SY_ARENA_PAGES && c->args[2] % SY_CHUNK_PAGES == 0 && c->args[2] < FRAMES && c->args[4] <= SY_HUGE_ORDER, "a stub is told to map %lu pages from page %lu on in pieces of order %lu", c->args[1], c->args[0], c->args[4]);
         a->ctl->done[id % SY_CMD_SLOTS] = (struct sy_cmd_done){id, a == honest || id & 1 ? -EAGAIN : SY_CHUNK_PAGES};
@@ -377,8 +384,13 @@ static void step(int what) {
   case 0: call_in(p); break;
   case 1: case 2: { /* a HELLO, mostly well-formed */
     struct sy_hello h = {SY_MAGIC, SY_ABI_VERSION, (uint32_t)(b >> 2) % 6, (uint32_t)take(1) << (b & 4 ? 8 : 0), take(1) % 3};
-    int n = h.kind == SY_HELLO_STUB ? 1 : h.kind == SY_HELLO_KEEPER ? 2 : 0;
-    kinds[0] = h.kind == SY_HELLO_STUB ? FD_UFFD : FD_LISTENER, kinds[1] = FD_SEALED, kinds[2] = kinds[3] = FD_NULL;
+    int n = h.kind == SY_HELLO_STUB || h.kind == SY_HELLO_FORK ? 1 : h.kind == SY_HELLO_KEEPER ? 2 : 0;
+    if (h.kind == SY_HELLO_FORK && G->nas > 1) { /* of a client that is forking, as a rule */
+      struct as *parent = G->as[take(1) % G->nas];
+      h.arg = parent->asid;
+      if (parent != honest && b & 0x40) parent->ctl->fork_active = 1, parent->ctl->fork_done = 0, parent->ctl->fork_child = SY_UNKNOWN_CHILD;
+    }
+    kinds[0] = n == 1 ? FD_UFFD : FD_LISTENER, kinds[1] = FD_SEALED, kinds[2] = kinds[3] = FD_NULL;
     uint64_t t = take(1); /* one thing wrong */
     if (t < 16) kinds[t % 2] = (uint8_t)(t >> 1);
     else if (t < 32) n = (int)t % 5;
