@@ -8,6 +8,15 @@
  * by itself; it lives on with that, and joins the enclave anew once it has mapped ATTACH_AFTER_FORK bytes (a child that is about to exec never does).
  * docs/decisions/0002 says why. */
 
+/* Before Linux 6.4 of one mapping only: then piece by piece. */
+static long write_protect(uint64_t p, uint64_t n, int on) {
+  struct uffdio_writeprotect u = {.range = {VA(p), n * PS}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+  long r = SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+  if (r != -ENOENT || n == 1) return r;
+  r = write_protect(p, n / 2, on);
+  long r2 = write_protect(p + n / 2, n - n / 2, on);
+  return r ? r : r2;
+}
 /* Kernel entries of frame mappings protected (on) or free again (off), run by run. 0, or -errno: not all of them. */
 static long protect_request(void *arg) {
   int on = *(int *)arg;
@@ -23,8 +32,7 @@ static long protect_request(void *arg) {
     while ((i + k) < end && present(i + k)) k++;
     if (k) {
       long e = on ? uffd_register(i, k, UFFD_FRAME | UFFDIO_REGISTER_MODE_WP) : 0;
-      struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
-      if (!e) e = SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+      if (!e) e = write_protect(i, k, on);
       if (e) r = e;
     }
     i += k ? k : 1;
@@ -210,10 +218,9 @@ static long inherit(const word_t *parent) {
            (st == SY_PTE_SHARED_RO ? LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == pfn + k && node_of(pfn + (uint32_t)k) == nd : (parent[i + k] & SY_PTE_STATE_MASK) == was))
       k++;
     if (st == SY_PTE_SHARED_RO) {
-      struct uffdio_writeprotect u = {.range = {VA(i), k * PS}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
       r = sys_mmap(VA(i), k * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
       if (r > 0) r = uffd_register(i, k, UFFDIO_REGISTER_MODE_WP);
-      if (!r) r = SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+      if (!r) r = write_protect(i, k, 1);
     } else {
       if (prot != RW) SYS(__NR_mprotect, back + i * PS, k * PS, prot, 0, 0);
       r = SYS(__NR_mremap, back + i * PS, k * PS, k * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(i));

@@ -46,6 +46,8 @@ TESTS = [
     "tests/test_programs.py::test_every_call_behaves_as_natively",
     "tests/test_programs.py::test_calls_and_forks_past_libc",
     "tests/test_programs.py::test_bash_pipeline",
+    "tests/test_programs.py::test_fork_under_write_load",
+    "tests/test_fork.py::test_memory_only_for_what_is_written",
 ]
 PROGRAMS = ["bash", "cat", "echo", "ls", "mount", "prlimit", "seq", "setpriv", "sha256sum", "sleep", "sort", "tr", "true",
             "umount", "wc"]  # fmt: skip
