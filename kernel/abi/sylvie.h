@@ -170,7 +170,8 @@ enum sy_pte_state {
 #define SY_PTE_CONTENDED 0x20  /* a fault met LOCKED and was left waiting */
 #define SY_PTE_HASFRAME 0x40   /* LOCKED: the pfn field is valid */
 #define SY_PTE_MLOCKED 0x100   /* mlock: must not leave RAM. Written by the stub, under its mm_lock */
-#define SY_PTE_FORKED 0x200    /* SHARED_RO: mapped as before the fork, shared and write-protected; without it the mapping is private */
+#define SY_PTE_FORKED 0x200    /* SHARED_RO: mapped as before the fork, shared and write-protected; without it the mapping is private. NATIVE, of a child
+                                * that is just joining: what was in its parent's store */
 #define SY_PTE_PFN_SHIFT 12
 
 /* ---- shared memory of one address space, written by its stub (memfd "as", mode 0600) ---- */

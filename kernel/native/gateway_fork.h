@@ -9,7 +9,8 @@ static int64_t share_page(struct sy_gateway *g, struct as *a, struct as *child, 
   uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
   int st = w & SY_PTE_STATE_MASK;
   if (st == SY_PTE_NONE) return SY_PTE_NONE;
-  if (st == SY_PTE_NATIVE || (st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME))) return SY_PTE_NATIVE; /* (what is in the store its parent has fetched for it) */
+  if (st == SY_PTE_NATIVE) return SY_PTE_NATIVE;
+  if (st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME)) return SY_PTE_NATIVE | SY_PTE_FORKED; /* (its parent has fetched it from the store for it) */
   if ((st != SY_PTE_PRESENT && st != SY_PTE_SHARED_RO) || pfn >= g->nframes) return -1;
   struct sy_frame *f = &g->frames[pfn];
   if (f->state == SY_FRAME_GRANTED && f->asid == a->asid) map_frames(g, a, (uint32_t)pfn, 1, p); /* its PAGE_MAPPED was lost */

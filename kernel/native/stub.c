@@ -97,7 +97,7 @@ static uint32_t nodes, asid;
 static struct sy_bell *bell;
 static int fd_sock, fd_uffd, fd_ram[SY_MAX_NODES]; /* valid in the service threads' own descriptor table only */
 static uint32_t join_state;           /* futex: 0 under way, 1 joined, 2 failed */
-static const word_t *parent_pte;       /* of a forked child that is about to share its parent's frames; else 0 */
+static struct sy_as_ctl *parent_ctl;    /* of a forked child that is about to share its parent's frames; else 0 */
 static uint32_t req_word;             /* futex: a program thread (holding mm_lock) wants the command thread to call req_fn */
 static long (*req_fn)(void *);
 static void *req_arg;

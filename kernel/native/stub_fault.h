@@ -511,7 +511,7 @@ static long send_hello(int kind, int fd) {
   return SYS(__NR_sendmsg, fd_sock, &m, MSG_NOSIGNAL, 0, 0) == sizeof hello ? 0 : -1;
 }
 
-static long inherit(const word_t *parent);
+static long inherit(void);
 static void drop_unwanted(void);
 static int join_enclave(void) {
   struct sy_welcome w;
@@ -528,7 +528,7 @@ static int join_enclave(void) {
     if (fd_uffd < 0) return -1;
   }
   int n;
-  if (send_hello(parent_pte ? SY_HELLO_FORK : SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 5 + SY_MAX_NODES)) < 6 || w.nodes > SY_MAX_NODES || n != 5 + (int)w.nodes) return -1;
+  if (send_hello(parent_ctl ? SY_HELLO_FORK : SY_HELLO_STUB, fd_uffd) || (n = recv_welcome(&w, f, 5 + SY_MAX_NODES)) < 6 || w.nodes > SY_MAX_NODES || n != 5 + (int)w.nodes) return -1;
   asid = w.asid, nodes = w.nodes;
   for (uint32_t i = 0; i < nodes; i++) node[i] = w.node[i], fd_ram[i] = f[5 + i];
   long as = sys_mmap(0, SY_AS_BYTES, RW, MAP_SHARED | MAP_NORESERVE, f[0], 0), mg = sys_mmap(0, SY_MAG_BYTES, PROT_READ, MAP_SHARED, f[1], 0);
@@ -542,8 +542,10 @@ static int join_enclave(void) {
   ctl = (void *)(as + SY_AS_CTL_OFF), chunks = (void *)(as + SY_AS_CHUNKS_OFF), chan = (void *)(as + SY_AS_CHANNEL_OFF), advice = (void *)(as + SY_AS_ADVICE_OFF), pte = (void *)(as + SY_AS_PTE_OFF);
   mag = (void *)mg, hdr = (void *)hd, bell = (void *)bl, slots = (void *)sl;
   ctl->pages_committed = committed; /* of a forked child: what it inherited */
-  if (parent_pte) {
-    if (inherit(parent_pte) >= 0) return 0;
+  if (parent_ctl) {
+    STORE(parent_ctl->fork_done, 1); /* what is in the frames stays so: the parent goes on while we map them */
+    futex_wake(&parent_ctl->fork_done, 1);
+    if (inherit() >= 0) return 0;
     say("sylvie: a forked child found no memory for its mappings\n");
     SYS(__NR_exit_group, 127, 0, 0, 0, 0);
   }
@@ -571,7 +573,7 @@ static void command_thread(long unused) {
     uint32_t none[6] = {0};
     SYS(__NR_capset, &head, none, 0, 0, 0);
     mode = MANAGED;
-    if (parent_pte) drop_unwanted();
+    if (parent_ctl) drop_unwanted();
     service_threads = 1;
     struct sy_request q = {.kind = SY_REQ_READY};
     q.tids[0] = (uint32_t)SYS(__NR_gettid, 0, 0, 0, 0, 0);

@@ -180,7 +180,7 @@ static void now_forked(int other_tls) {
 /* Static, as is the stack: the forking thread's own stack may lie in the arena, and every page of that is protected meanwhile. */
 static struct fork_args { long flags, ptid, ctid, tls; int managed, tid, shares; } fork_args;
 
-/* The child's command thread, which has joined as a fork; parent: its parent's page table. What it inherited names its parent's frames, unprotected: nobody but us
+/* The child's command thread, which has joined as a fork. What it inherited names its parent's frames, unprotected: nobody but us
  * runs here yet. Where there is nothing, or what it is not to have, an empty arena; then the shared frames, and what the parent has fetched from the store. 0 or
  * -errno. */
 static int dropped(uint64_t p) { return (attr[p] & (A_DONTFORK | A_WIPEONFORK)) != 0; }
@@ -204,18 +204,18 @@ static long empty_arena(uint64_t p, uint64_t end) {
   }
   return 0;
 }
-static long inherit(const word_t *parent) {
+static long inherit(void) {
   long r = empty_arena(brk_floor, SY_BRK_PAGES);
   if (!r) r = empty_arena(mmap_floor, SY_ARENA_PAGES);
   for (uint64_t i = next_used(0, SY_ARENA_PAGES), k; i < SY_ARENA_PAGES && !r; i = next_used(i + k, SY_ARENA_PAGES)) {
-    word_t w = LOAD(pte[i]), st = w & SY_PTE_STATE_MASK, was = parent[i] & SY_PTE_STATE_MASK;
+    word_t w = LOAD(pte[i]), st = w & SY_PTE_STATE_MASK;
     int prot = kprot(attr[i]);
     k = 1;
     if (st == SY_PTE_NATIVE && prot != RW) pte[i] |= W_KPROT;
-    if (dropped(i) || (st != SY_PTE_SHARED_RO && was != SY_PTE_SWAPPED)) continue;
+    if (dropped(i) || (st != SY_PTE_SHARED_RO && !(w & SY_PTE_FORKED))) continue;
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT), nd = node_of(pfn);
     while (i + k < SY_ARENA_PAGES && LOAD(chunks[(i + k) / SY_CHUNK_PAGES]) && attr[i + k] == attr[i] && (LOAD(pte[i + k]) & SY_PTE_STATE_MASK) == st &&
-           (st == SY_PTE_SHARED_RO ? LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == pfn + k && node_of(pfn + (uint32_t)k) == nd : (parent[i + k] & SY_PTE_STATE_MASK) == was))
+           (st == SY_PTE_SHARED_RO ? LOAD(pte[i + k]) >> SY_PTE_PFN_SHIFT == pfn + k && node_of(pfn + (uint32_t)k) == nd : (LOAD(pte[i + k]) & SY_PTE_FORKED) != 0))
       k++;
     if (st == SY_PTE_SHARED_RO) {
       r = sys_mmap(VA(i), k * PS, prot, MAP_PRIVATE | MAP_FIXED, fd_ram[nd], (uint64_t)(pfn - node[nd].base) * PS);
@@ -225,6 +225,7 @@ static long inherit(const word_t *parent) {
       if (prot != RW) SYS(__NR_mprotect, back + i * PS, k * PS, prot, 0, 0);
       r = SYS(__NR_mremap, back + i * PS, k * PS, k * PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(i));
       if (r > 0) r = 0;
+      for (uint64_t j = 0; j < k; j++) pte[i + j] &= ~(word_t)SY_PTE_FORKED;
     }
     if (prot != RW)
       for (uint64_t j = 0; j < k; j++) pte[i + j] |= W_KPROT;
@@ -250,15 +251,13 @@ static void drop_unwanted(void) {
 static int join_as_child(int other_tls) {
   struct tables parents = tables();
   now_forked(other_tls);
-  parent_pte = pte;
+  parent_ctl = ctl;
   STORE(join_state, 0);
   if (start_thread(command_thread, 0, cmd_stack + sizeof cmd_stack, THREAD) < 0) STORE(join_state, 2);
   while (!LOAD(join_state)) futex_wait(&join_state, 0, 1000, 0);
-  parent_pte = 0;
+  parent_ctl = 0;
   if (LOAD(join_state) != 1) return -1;
   back_done();
-  STORE(parents.ctl->fork_done, 1);
-  futex_wake(&parents.ctl->fork_done, 1);
   unmap_tables(parents);
   return 0;
 }
