@@ -127,7 +127,7 @@ def test_disturbed(root_dir: Path, compiled: Compiled) -> None:
     e = bring_up(root_dir / "fkd", "--ram", "24M", "--swap", "512M", "--nodes", "2")
     try:
         r, turn = random.Random(3), 0
-        ps = [e.popen([compiled("forked"), seed, 16 * 256, 300, 3], "--ksm") for seed in (11, 12)]
+        ps = [e.popen([compiled("forked"), seed, 16 * 256, 400, 3], "--ksm") for seed in (11, 12)]
         while any(p.poll() is None for p in ps):
             disturb(e, turn, r)
             turn += 1
@@ -135,7 +135,7 @@ def test_disturbed(root_dir: Path, compiled: Compiled) -> None:
         for p in ps:
             out = p.communicate(timeout=60)[0]
             assert p.returncode == 0 and " 0 wrong, first 0\n" in out, out
-        assert turn >= 3 and set(TURNS) <= {c["name"] for c in e.status()["components"]}
+        assert turn >= 2 and set(TURNS) <= {c["name"] for c in e.status()["components"]}
         e.idle(20)
         e.check()
     finally:

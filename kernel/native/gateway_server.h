@@ -1141,12 +1141,13 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
   g->hdr = mmap(NULL, SY_HEADER_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->header_fd, 0);
   g->bell = mmap(NULL, SY_BELL_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, g->bell_fd, 0);
   g->share_head = malloc(g->nframes * 4ull), g->holder_free = NONE;
+  g->holder = calloc(g->nframes, sizeof *g->holder), g->nholders = g->nframes;
   if (g->share_head) memset(g->share_head, 0xff, g->nframes * 4ull); /* NONE */
   g->free_map = calloc(g->nframes / 64, 8), g->fnext = malloc(g->nframes * 4ull), g->fprev = malloc(g->nframes * 4ull), g->ev = malloc(EV_RING * sizeof *g->ev);
   g->store = malloc(STORE_RING * sizeof *g->store), g->prefetch = malloc(PREFETCH_RING * sizeof *g->prefetch), g->zpool = calloc(1, sizeof *g->zpool);
   if (g->zpool) g->zpool->slab = calloc(g->nframes, sizeof *g->zpool->slab);
   for (int i = 0; g->zpool && i < SY_SLAB_CACHES; i++) g->zpool->cache[i].partial = NONE;
-  if (g->frames_ro < 0 || g->header_ro < 0 || g->heat_ro < 0 || g->heat == MAP_FAILED || !g->prefetch || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->share_head || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
+  if (g->frames_ro < 0 || g->header_ro < 0 || g->heat_ro < 0 || g->heat == MAP_FAILED || !g->prefetch || g->frames == MAP_FAILED || g->hdr == MAP_FAILED || g->bell == MAP_FAILED || !g->share_head || !g->holder || !g->free_map || !g->fnext || !g->fprev || !g->ev || !g->store || !g->zpool || !g->zpool->slab || make_slots(g, 1))
     FAIL("no memory for the tables: %s", strerror(errno));
   *g->hdr = (struct sy_header){.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .nodes = nodes, .frames = g->nframes, .gateway_pid = (uint32_t)getpid(), .default_fault_order = 4,
                                .default_fault_order_max = SY_HUGE_ORDER};

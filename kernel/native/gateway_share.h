@@ -3,19 +3,23 @@
  * A merged frame is SHARED from when the first stub says that it has protected it; it belongs to nobody then, counts towards no limit, and is never written
  * again; it is FREE when nobody has it any more. One that a fork shares stays its owner's, and counts as before; when the owner lets it go it is the next one's (a
  * child is within its parent's limit), and when only one has it, it is MAPPED again. The owner is not in the list of holders. */
-static void free_holder(struct sy_gateway *g, uint32_t h) { g->holder[h].next = g->holder_free, g->holder_free = h; }
+/* A frame's first holder lies at the frame's number: forks take and give back very many, one after the other. The others are in a list when they are free. */
+static void free_holder(struct sy_gateway *g, uint32_t h) {
+  g->holder[h].asid = 0;
+  if (h >= g->nframes) g->holder[h].next = g->holder_free, g->holder_free = h;
+}
 /* [asid's page] has frame pfn, too. 0, or -1: no memory. */
 static int add_holder(struct sy_gateway *g, struct as *a, uint32_t pfn, uint64_t vpage, uint32_t pending) {
-  if (g->holder_free == NONE) {
-    uint32_t more = g->nholders ? g->nholders : 1024;
-    struct holder *h = realloc(g->holder, (g->nholders + more) * sizeof *h);
-    if (!h) return -1;
-    g->holder = h;
+  uint32_t h = pfn;
+  if (g->holder[pfn].asid && g->holder_free == NONE) {
+    uint32_t more = g->nholders / 2;
+    struct holder *all = realloc(g->holder, (g->nholders + more) * sizeof *all);
+    if (!all) return -1;
+    g->holder = all;
     for (uint32_t i = 0; i < more; i++) free_holder(g, g->nholders + i);
     g->nholders += more;
   }
-  uint32_t h = g->holder_free;
-  g->holder_free = g->holder[h].next;
+  if (g->holder[pfn].asid) h = g->holder_free, g->holder_free = g->holder[h].next;
   g->holder[h] = (struct holder){a->asid, (uint32_t)vpage, g->share_head[pfn], (uint16_t)pending, 0};
   g->share_head[pfn] = h, g->frames[pfn].refcount++, a->shared++;
   return 0;
