@@ -142,7 +142,7 @@ def test_hot_pages_come_to_the_fast_node(enclave: Enclave, compiled: Callable[[s
             wait_for(lambda: hot(0) > 0.9, 60, "they do not come")
             wait_for(lambda: is_on(hot, 0), 30, "the kernel does not say what the frame table says")
             assert cold(1) > 0.2  # by the frame table: what is cold is not mapped
-            assert enclave.status()["counters"]["migrated"] > migrated
+            wait_for(lambda: enclave.status()["counters"]["migrated"] > migrated, 10, "nothing has moved")
     finally:
         enclave.cli("swap", "autonuma", "hinting")
 

@@ -367,10 +367,10 @@ static long release_all(void) {
   int on = 1;
   __atomic_store_n(&ctl->fork_active, 1, __ATOMIC_SEQ_CST);
   wait_for_faults();
-  protect_request(&on);
   while (kept_count) drop_kept(0);
+  long r = ctl->pages_swapped ? bring_back(0) : 0; /* (what it maps again has to be protected, too) */
+  if (!r) r = protect_request(&on);
   releasing = 1;
-  long r = ctl->pages_swapped ? bring_back(0) : 0;
   if (!r) r = settle();
   back_done();
   releasing = 0;

@@ -40,7 +40,6 @@ TESTS = [
     "tests/test_autonuma.py::test_all_components_killed_at_once",
     "tests/test_autonuma.py::test_the_machines_own_nodes",
     "tests/test_autonuma.py::test_shown",
-    "tests/test_thp.py::test_mapped_by_huge_entries_while_threads_write",
     "tests/test_thp.py::test_who_does_not_want_them_has_none[never]",
     "tests/test_programs.py::test_memory_is_really_managed",
     "tests/test_programs.py::test_every_call_behaves_as_natively",
