@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bus.codec import MAX_OPS
 from bus.topics import MESSAGES
-from kernel.abi import HEAT_DTYPE, OP_DTYPE, STORED_DTYPE, lib
+from kernel.abi import CPU_DTYPE, HEAT_DTYPE, OP_DTYPE, STORED_DTYPE, TASK_DTYPE, ffi, lib
 
 Handler = Callable[[NDArray[np.void]], None]
 
@@ -80,6 +80,26 @@ class Transaction:
         part["asid"], part["arg"], part["barrier"] = slots["asid"][at], slots["vpage"][at], slots["out"][at]
         self._parts.append(part)
 
+    def run(self, gtid: int, cpu: int, barrier: int, flags: int = 0, agent_barrier: int = 0) -> None:
+        """A thread onto a CPU: see RUN in the ABI.
+
+        :param gtid: 0: nothing is chosen for that CPU any more
+        :param cpu: or SY_ANY_CPU
+        :param barrier: the thread's, from its status word or its last message
+        :param flags: SY_RUN_…, and its rank << SY_RUN_RANK_SHIFT
+        :param agent_barrier: ``cpus[cpu]["seqnum"]`` that it was decided on; 0: whatever it is
+        """
+        part = np.zeros(1, OP_DTYPE)
+        part["op"], part["order"], part["arg"], part["pfn"] = lib.SY_OP_RUN, flags, gtid, cpu
+        part["barrier"], part["asid"] = barrier, agent_barrier
+        self._parts.append(part)
+
+    def timer(self, cpu: int, microseconds: int, cookie: int = 0) -> None:
+        """CPU_TIMER_EXPIRED for that CPU by then; 0: not any more."""
+        part = np.zeros(1, OP_DTYPE)
+        part["op"], part["pfn"], part["barrier"], part["arg"] = lib.SY_OP_TIMER, cpu, microseconds, cookie
+        self._parts.append(part)
+
     def take(self) -> NDArray[np.void]:
         """All queued operations, in order, shape (n,); the queue is empty afterwards."""
         parts, self._parts = self._parts, []
@@ -90,7 +110,7 @@ class BasePolicy:
     """Base of every policy; everything here may be left as it is.
 
     A method named after a message in lower case is its handler: ``def page_mapped(self, events)`` gets the events of
-    that type in one batch, shape (n,), as ``struct sy_msg``. The runtime subscribes to what has a handler.
+    that type in one batch, shape (n,), as ``struct sy_msg`` (``events.view(TASK_MSG_DTYPE)`` for those of tasks and CPUs). The runtime subscribes to what has a handler.
 
     The tables are the truth and an event says where to look: the gateway changes the table before it tells, so the
     table may already be ahead of the event at hand, and after ``rebuild()`` events may come whose effect is in the
@@ -118,6 +138,10 @@ class BasePolicy:
         self.slots: NDArray[np.void] = np.zeros(0, STORED_DTYPE)
         # for ksm only: the pages of each node, shape (frames of the node, 4096), read-only
         self.ram: list[NDArray[np.uint8]] = []
+        # Threads that sched schedules: struct sy_tasks; struct sy_cpu, shape (SY_MAX_CPUS,); struct sy_task, shape (SY_MAX_TASKS,); all read-only
+        self.sched: Any = ffi.new("struct sy_tasks *")
+        self.cpus: NDArray[np.void] = np.zeros(0, CPU_DTYPE)
+        self.tasks: NDArray[np.void] = np.zeros(0, TASK_DTYPE)
         self.header = header  # struct sy_header, read-only
         self.nodes = nodes  # (first pfn, frames) of each node
         self.txn = txn

@@ -77,7 +77,7 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
         conn.settimeout(JOIN_PATIENCE)
         conn.connect(str(path))
         conn.send(bytes(ffi.buffer(hello)))
-        room = socket.CMSG_SPACE((4 + lib.SY_MAX_NODES) * array.array("i").itemsize)
+        room = socket.CMSG_SPACE((5 + lib.SY_MAX_NODES) * array.array("i").itemsize)
         data, ancillary, _, _ = conn.recvmsg(ffi.sizeof("struct sy_welcome"), room)
     fds = array.array("i")
     for level, kind, payload in ancillary:
@@ -89,9 +89,9 @@ def fetch_tables(run_dir: str | Path, component: int) -> Tables:
         welcome = ffi.from_buffer("struct sy_welcome[]", data)[0]
         if welcome.status == lib.SY_W_ABI:
             raise BusError(f"ABI {lib.SY_ABI_VERSION} asked, gateway speaks {welcome.abi}: build both from one tree")
-        if welcome.status != lib.SY_W_OK or len(fds) < 4:
+        if welcome.status != lib.SY_W_OK or len(fds) < 5:
             raise BusError(f"the gateway refused the tables to component {component}, uid {os.geteuid()}")
-        return Tables(fds[0], fds[1], fds[2], fds[3], list(fds[4:]))
+        return Tables(fds[0], fds[1], fds[2], fds[3], fds[4], list(fds[5:]))
     finally:
         for fd in fds:
             os.close(fd)
@@ -110,6 +110,7 @@ class Runtime:
         t = self.tables
         self.policy = policy_class(t.frames, t.header, t.nodes, self.txn)
         self.policy.heat, self.policy.slots, self.policy.ram = t.heat, t.slots, t.ram
+        self.policy.sched, self.policy.cpus, self.policy.tasks = t.sched, t.cpus, t.tasks
         for tunable, value in tuned(name, policy_class, run_dir).items():
             setattr(self.policy, tunable, value)
         self._handlers = handlers_of(self.policy)

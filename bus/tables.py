@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernel.abi import FRAME_DTYPE, HEAT_DTYPE, STORED_DTYPE, ffi, lib, names
+from kernel.abi import CPU_DTYPE, FRAME_DTYPE, HEAT_DTYPE, STORED_DTYPE, TASK_DTYPE, ffi, lib, names
 
 MAX_ORDER: int = lib.SY_MAX_ORDER
 # A region is what one block of the highest order covers, 4 MiB. Nodes are whole regions.
@@ -20,17 +20,18 @@ FRAME_STATES: dict[str, int] = {
 
 
 class Tables:
-    """Enclave header, frame table, heat array and swap store's slots of a gateway, mapped from their read-only descriptors.
+    """Enclave header, frame table, heat array, swap store's slots and tasks of a gateway, mapped from their read-only descriptors.
 
     :param header_fd: descriptor of ``struct sy_header``; not closed here
     :param frames_fd: descriptor of ``struct sy_frame[header.frames]``; not closed here
     :param heat_fd: descriptor of ``struct sy_heat[header.frames]``; not closed here
     :param slots_fd: descriptor of ``struct sy_stored[header.slots]``; not closed here
+    :param tasks_fd: descriptor of the file of tasks; not closed here
     :param ram_fds: descriptors of each node's RAM, if there are any; not closed here
     :raises OSError: a descriptor cannot be mapped; ``ValueError``: the table is shorter than the header says
     """
 
-    def __init__(self, header_fd: int, frames_fd: int, heat_fd: int, slots_fd: int, ram_fds: Sequence[int] = ()) -> None:
+    def __init__(self, header_fd: int, frames_fd: int, heat_fd: int, slots_fd: int, tasks_fd: int, ram_fds: Sequence[int] = ()) -> None:
         self._header_map = mmap.mmap(header_fd, lib.SY_HEADER_BYTES, prot=mmap.PROT_READ)
         self.header: Any = ffi.cast("struct sy_header *", ffi.from_buffer(self._header_map))
         count = self.header.frames
@@ -45,6 +46,11 @@ class Tables:
         if slots:
             slots_map = mmap.mmap(slots_fd, slots * STORED_DTYPE.itemsize, prot=mmap.PROT_READ)
             self.slots = np.frombuffer(slots_map, STORED_DTYPE, slots)
+        self._tasks_map = mmap.mmap(tasks_fd, lib.SY_TASKS_BYTES, prot=mmap.PROT_READ)
+        self.sched: Any = ffi.cast("struct sy_tasks *", ffi.from_buffer(self._tasks_map))
+        # struct sy_cpu, shape (SY_MAX_CPUS,), and struct sy_task, shape (SY_MAX_TASKS,); not writeable
+        self.cpus: NDArray[np.void] = np.frombuffer(self._tasks_map, CPU_DTYPE, lib.SY_MAX_CPUS, lib.SY_TASKS_CPU_OFF)
+        self.tasks: NDArray[np.void] = np.frombuffer(self._tasks_map, TASK_DTYPE, lib.SY_MAX_TASKS, lib.SY_TASKS_TASK_OFF)
         # the pages of each node, shape (frames of the node, 4096); not writeable
         self.ram: list[NDArray[np.uint8]] = []
         for node, fd in enumerate(ram_fds):

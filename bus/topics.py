@@ -25,10 +25,15 @@ _MEMBERS: dict[bytes, tuple[str, ...]] = {
     b"move": ("PAGE_MIGRATED", "PAGE_COLLAPSED", "PAGE_SPLIT", "MOVE_REFUSED"),
     b"merge": ("PAGE_MERGED", "MERGE_REFUSED"),
     b"pressure": ("MAGAZINE_LOW", "RESERVE_LOW", "WATERMARK", "OOM", "PRESSURE", "HEAT_READY"),
+    b"task": (
+        "TASK_DEAD", "TASK_BLOCKED", "TASK_WAKEUP", "TASK_NEW", "TASK_PREEMPT", "TASK_YIELD", "TASK_DEPARTED", "TASK_SWITCHTO",
+        "TASK_AFFINITY_CHANGED", "TASK_ON_CPU", "TASK_PRIORITY_CHANGED",
+        "CPU_TICK", "CPU_TIMER_EXPIRED", "CPU_NOT_IDLE", "CPU_AVAILABLE", "CPU_BUSY",
+    ),
     b"component": ("COMPONENT_UP", "COMPONENT_LOST", "OVERFLOW"),
     b"test": ("TEST",),
 }  # fmt: skip
-# Everything that no topic claims (task and CPU messages will have their own).
+# Everything that no topic claims.
 OTHER = b"other"
 TOPICS: tuple[bytes, ...] = (OTHER, *_MEMBERS)
 

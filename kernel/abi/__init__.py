@@ -8,7 +8,10 @@ import numpy as np
 
 from kernel._sylvie import ffi, lib
 
-__all__ = ["FRAME_DTYPE", "HEAT_DTYPE", "MSG_DTYPE", "OP_DTYPE", "STORED_DTYPE", "dtype_of", "ffi", "lib", "names"]
+__all__ = [
+    "CPU_DTYPE", "FRAME_DTYPE", "HEAT_DTYPE", "MSG_DTYPE", "OP_DTYPE", "STORED_DTYPE", "TASK_DTYPE", "TASK_MSG_DTYPE",
+    "dtype_of", "ffi", "lib", "names",
+]  # fmt: skip
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -46,3 +49,6 @@ FRAME_DTYPE = dtype_of("struct sy_frame")
 OP_DTYPE = dtype_of("struct sy_op")
 HEAT_DTYPE = dtype_of("struct sy_heat")
 STORED_DTYPE = dtype_of("struct sy_stored")
+TASK_DTYPE = dtype_of("struct sy_task")
+CPU_DTYPE = dtype_of("struct sy_cpu")
+TASK_MSG_DTYPE = dtype_of("struct sy_task_msg")  # MSG_DTYPE seen otherwise: events.view(TASK_MSG_DTYPE)

@@ -37,7 +37,24 @@
 /* ---- messages (stub or gateway -> components), ghOSt's header first ---- */
 enum sy_msg_type {
   SY_MSG_NOP = 0,
-  /* 64.. tasks and 128.. CPUs keep ghOSt's numbers; the memory group starts here */
+  /* Tasks and CPUs, by ghOSt's numbers (include/uapi/linux/ghost.h); they come as struct sy_task_msg. Every one of a task moves its barrier. */
+  SY_MSG_TASK_DEAD = 64,
+  SY_MSG_TASK_BLOCKED = 65,
+  SY_MSG_TASK_WAKEUP = 66,    /* cpu = where it will run, last_cpu = where it ran, waker_cpu */
+  SY_MSG_TASK_NEW = 67,       /* runnable; parent: in its status word */
+  SY_MSG_TASK_PREEMPT = 68,   /* one that was to run, by something that is not ours; or by RUN of another */
+  SY_MSG_TASK_YIELD = 69,     /* one that was to run called sched_yield */
+  SY_MSG_TASK_DEPARTED = 70,  /* it is not ours any more; its attributes are as it set them */
+  SY_MSG_TASK_SWITCHTO = 71,  /* never sent: there is no such call in stock Linux */
+  SY_MSG_TASK_AFFINITY_CHANGED = 72, /* by itself, or somebody for it; its status word has it */
+  SY_MSG_TASK_ON_CPU = 73,    /* asked for by SY_RUN_SEND_ON_CPU */
+  SY_MSG_TASK_PRIORITY_CHANGED = 74, /* nice, or the policy */
+  SY_MSG_CPU_TICK = 128,      /* every so often (see the words of sched), for each CPU on which one of ours is */
+  SY_MSG_CPU_TIMER_EXPIRED = 129, /* runtime = the cookie of TIMER */
+  SY_MSG_CPU_NOT_IDLE = 130,  /* it was idle, and something that is not ours runs there */
+  SY_MSG_CPU_AVAILABLE = 131, /* what was chosen for it has blocked, or gone; or what kept it BUSY has */
+  SY_MSG_CPU_BUSY = 132,      /* something more important than whatever may be chosen runs there */
+  /* the memory group */
   SY_MSG_MM_NEW = 192,        /* asid; arg = pid */
   SY_MSG_MM_EXIT = 193,       /* asid; arg = pid. All its frames have been freed (PAGE_FREED came before) */
   SY_MSG_MM_FORK = 194,       /* asid = parent; arg = the child's pid */
@@ -92,6 +109,105 @@ struct sy_msg {
   uint16_t node;
   uint64_t arg;
 };
+
+/* A message of a task or CPU, in the place of a struct sy_msg. barrier: the task's after it, ghOSt's sequence number of its source; cpu_seqnum: its CPU's. */
+struct sy_task_msg {
+  uint16_t type;
+  uint16_t length;
+  uint32_t seqnum;
+  uint64_t gtid;
+  uint64_t runtime;   /* ns on a CPU so far; WAKEUP: CLOCK_MONOTONIC when it happened */
+  uint32_t barrier;
+  uint32_t cpu_seqnum;
+  int16_t cpu;
+  int16_t last_cpu;   /* WAKEUP; else the same as cpu */
+  int16_t waker_cpu;  /* WAKEUP; else -1 */
+  int8_t nice;        /* NEW, PRIORITY_CHANGED */
+  uint8_t runnable;   /* NEW, PREEMPT, YIELD: 1; BLOCKED, DEAD: 0 */
+};
+
+/* ---- tasks: threads that sched schedules. File <run dir>/tasks, mode 0600: the gateway writes it, under its task lock, components have it
+ * read-only. It is a file so that whoever comes after a gateway that was killed finds what each thread's attributes were. ---- */
+#define SY_MAX_TASKS 8192
+enum sy_task_flags {
+  SY_TF_ON_CPU = 1,
+  SY_TF_RUNNABLE = 2,    /* … or running */
+  SY_TF_CHOSEN = 4,      /* by RUN, and it holds: runs by SCHED_FIFO; else it waits, with the attributes that it set itself */
+  SY_TF_STANDING = 8,    /* … also after it blocks */
+  SY_TF_TOUCHED = 16,    /* its attributes may not be its own */
+  SY_TF_SEND_ON_CPU = 32
+};
+/* ghOSt's status word, and what a thread has set itself. gtid: tid << 41 | start time in clock ticks; 0: not in use, written last when it begins. Times: CLOCK_MONOTONIC ns. */
+#define SY_GTID_SHIFT 41
+struct sy_task {
+  uint64_t gtid;
+  uint32_t tid;
+  uint32_t pid;
+  uint32_t asid;         /* its address space; 0: not managed */
+  uint32_t barrier;      /* messages about it so far */
+  uint32_t flags;        /* enum sy_task_flags */
+  int32_t cpu;           /* that it is on, or was last; -1: not known */
+  int32_t run_cpu;       /* CHOSEN: for which CPU, SY_ANY_CPU as -1 */
+  uint32_t rank;         /* CHOSEN: among those chosen, 0 the least */
+  uint64_t runtime;      /* ns on a CPU, without what has passed since switch_ns if it is on one */
+  uint64_t switch_ns;    /* when it last came onto, or left, a CPU */
+  uint64_t wake_ns;      /* when it last became runnable */
+  uint64_t wake_runtime; /* its runtime then */
+  uint64_t parent;       /* gtid of who started it, 0: was found */
+  int32_t own_policy;    /* what it has set itself: policy, nice, real-time priority, SCHED_RESET_ON_FORK, CPUs */
+  int32_t own_nice;
+  uint32_t own_priority;
+  uint32_t own_reset;
+  uint64_t pad[4];
+  uint64_t own_mask[16];
+};
+struct sy_cpu {
+  uint64_t chosen;       /* gtid; 0: nothing */
+  uint32_t seqnum;       /* messages about it so far, and of tasks there: ghOSt's cpu_seqnum, and the agent's barrier */
+  uint32_t state;        /* enum sy_cpu_state */
+  uint64_t on;           /* gtid of ours that is on it, 0: none */
+  uint64_t pad[5];
+};
+enum sy_cpu_state { SY_CPU_ONLINE = 1, SY_CPU_IDLE = 2, SY_CPU_BUSY = 4 };
+struct sy_tasks {
+  uint32_t magic;
+  uint32_t abi;
+  uint32_t top;          /* entries from here on were never in use */
+  uint32_t count;        /* in use */
+  uint64_t records;      /* of the kernel's rings that were read */
+  uint64_t messages;     /* made of them */
+  uint64_t lost;         /* records that the rings had no room for */
+  uint64_t resyncs;
+  uint64_t runs;         /* RUN that were carried out */
+  uint64_t refused;
+  uint64_t fallbacks;    /* times that the watchdog let all wait again */
+  uint64_t full;         /* threads that had no room here */
+  uint64_t alive_ns;     /* when sched last committed or said that it lives */
+  uint64_t watchdog_ns;
+};
+#define SY_TASKS_CPU_OFF 4096
+#define SY_TASKS_TASK_OFF 69632
+#define SY_TASKS_BYTES 2166784
+/* RUN: arg = gtid, pfn = CPU or SY_ANY_CPU (any that it may use), barrier = the task's, asid = the CPU's seqnum, 0: whatever it is; order = flags. It runs by SCHED_FIFO before all
+ * that waits there; what had been chosen for that CPU waits. gtid 0: nothing is chosen there any more. WAIT: it waits again, wherever it was to run. It holds until it blocks, unless
+ * STANDING. SYNC: all of such operations that follow one another, or none (POISONED). */
+#define SY_ANY_CPU 0xffffffff
+#define SY_RUN_STANDING 1
+#define SY_RUN_SYNC 2
+#define SY_RUN_ALLOW_ONCPU 4         /* ghOSt's ALLOW_TASK_ONCPU: also one that was chosen for another CPU */
+#define SY_RUN_SEND_ON_CPU 8
+#define SY_RUN_ELIDE_PREEMPT 16      /* no TASK_PREEMPT for what had been chosen there */
+#define SY_RUN_WAIT 32
+#define SY_RUN_RANK_SHIFT 8
+#define SY_RUN_RANKS 8
+#define SY_RUN_FLAGS 0x73f
+/* TIMER: CPU_TIMER_EXPIRED for CPU pfn after barrier microseconds, 0: not any more; arg = cookie. */
+/* SCHED_FIFO priorities: rank 0 of what is chosen; then our own, which nothing chosen may keep waiting. */
+#define SY_PRIORITY_RUN 2
+#define SY_PRIORITY_OWN 20           /* sched itself, and above it: */
+#define SY_PRIORITY_RELAY 21         /* the gateway's Python thread, while there is a sched */
+#define SY_PRIORITY_DRAIN 22
+#define SY_PRIORITY_RINGS 30         /* who reads the kernel's rings */
 
 /* ---- frames ---- */
 enum sy_frame_state {
@@ -339,7 +455,7 @@ enum sy_counter {
 enum sy_op_code {
   SY_OP_GRANT = 1, SY_OP_RESERVE = 2, SY_OP_RELEASE = 3, SY_OP_RECLAIM = 4, SY_OP_AGE = 5, SY_OP_PREFETCH = 6,
   SY_OP_FAULT_ORDER = 7, SY_OP_COLLAPSE = 8, SY_OP_SPLIT = 9, SY_OP_MERGE = 10, SY_OP_MIGRATE = 11, SY_OP_RUN = 12,
-  SY_OP_SET_POLICY_WORD = 13
+  SY_OP_SET_POLICY_WORD = 13, SY_OP_TIMER = 14
 };
 /* RECLAIM with this as its arg: not now, but as soon as memory is short and unless it is touched before, in the order in which they were chosen. */
 #define SY_RECLAIM_STANDBY 1
@@ -360,7 +476,10 @@ enum sy_op_code {
 /* ghOSt's transaction states, as results. */
 enum sy_result {
   SY_R_PENDING = 0, SY_R_COMPLETE = 1, SY_R_ABORTED = 2, SY_R_STALE = 3, SY_R_NOT_FOUND = 4, SY_R_NOT_PERMITTED = 5,
-  SY_R_INVALID = 6, SY_R_FULL = 7, SY_R_BUSY = 8
+  SY_R_INVALID = 6, SY_R_FULL = 7, SY_R_BUSY = 8,
+  /* of RUN; ghOSt's TARGET_STALE and TARGET_NOT_FOUND are STALE and NOT_FOUND */
+  SY_R_TARGET_ONCPU = 9, SY_R_TARGET_NOT_RUNNABLE = 10, SY_R_AGENT_STALE = 11, SY_R_CPU_OFFLINE = 12, SY_R_CPU_UNAVAIL = 13, SY_R_INVALID_FLAGS = 14,
+  SY_R_INVALID_TARGET = 15, SY_R_INVALID_CPU = 16, SY_R_POISONED = 17
 };
 enum sy_component_id { SY_C_NONE = 0, SY_C_BUDDY = 1, SY_C_KSWAPD = 2, SY_C_KSM = 3, SY_C_THP = 4, SY_C_AUTONUMA = 5, SY_C_SCHED = 6 };
 /* uid that component id N runs as: BASE + N */
@@ -389,7 +508,7 @@ enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT 
 #define SY_FORK_SHARES 256 /* pages in frames: a fork with fewer copies them, which is cheaper */
 struct sy_hello { uint32_t magic; uint32_t abi; uint32_t kind; uint32_t arg; uint64_t group; };
 enum sy_welcome_status { SY_W_OK = 0, SY_W_ABI = 1, SY_W_REFUSED = 2, SY_W_FULL = 3, SY_W_LIMITS = 4 /* no more of them, or a wrong one */ };
-/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots; ksm: also each node's ram, to read. */
+/* Descriptors that come with it. STUB: as, mag, header, bell (one page, struct sy_bell), slots, ram of node 0, 1, … COMPONENT: header, frames, heat, slots, tasks; ksm: also each node's ram, to read. */
 struct sy_welcome { uint32_t magic; uint32_t abi; uint32_t status; uint32_t asid; uint32_t nodes; uint32_t pad; struct sy_node node[SY_MAX_NODES]; };
 /* Afterwards, stub -> gateway. READY carries the service threads' ids (as the client sees them). */
 /* RELEASED: nothing of the arena is mapped any more, the service threads are about to end; hanging up follows. */
