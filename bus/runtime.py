@@ -17,6 +17,7 @@ import importlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -36,6 +37,7 @@ from bus.tables import Tables
 from bus.topics import MESSAGES, TOPICS, topic_of
 from kernel.abi import OP_DTYPE, ffi, lib
 
+RT_TIME = (1_000_000, 2_000_000)  # microseconds at a real-time priority without a pause: SIGXCPU, SIGKILL
 HEARTBEAT = 0.5  # seconds between two
 # Seconds to wait for answers while joining: a gateway that populates RAM which the host must first find may be slow, and
 # starting over would only begin the wait anew.
@@ -54,6 +56,8 @@ def drop_privileges(component: str) -> None:
     """Becomes the component's own user, for good; does nothing but forbid new privileges if already unprivileged."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+    if component == "sched":  # it goes before all that it schedules; if it runs without a pause for so long, it is ended
+        resource.setrlimit(resource.RLIMIT_RTTIME, RT_TIME)
     if os.geteuid() == 0:
         uid = uid_of(component)
         os.setgroups([])

@@ -6,13 +6,14 @@ fault noticing.
 
 Requests are a msgpack map ``{"t": KIND, ...}``, answered by ``{"ok": true, ...}`` or ``{"ok": false, "error": why}``; a
 ``rid`` is handed back. KIND is one of, from components: ``hello sync txn heartbeat goodbye``; from the command line:
-``status check buddyinfo slabinfo fault-order low watermarks release post-test``. Each is a method ``request_KIND`` of ``Gateway``.
+``status check buddyinfo slabinfo fault-order low watermarks release sched sched-add sched-remove post-test``. Each is a method ``request_KIND`` of ``Gateway``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -41,6 +43,7 @@ from bus.topics import MESSAGES, TOPIC_OF, TOPICS
 from kernel import host, topology
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
 from kernel.heat import Monitor
+from kernel.providers import linux_sched
 
 BATCH = 512  # events in one message: more is hardly faster, and this bounds what a slow subscriber can pile up
 RELAY = 256  # batches carried before requests have their turn; together what the C half's ring can hold
@@ -62,6 +65,13 @@ FAILED_HANDSHAKES = (
 )
 OF_ALL = {"sync"}  # all others are the operator's
 OOM = {name.lower(): value for value, name in names("SY_OOM_").items()}
+# Message type → its bit in the mask that the C half keeps of what sched handles.
+OF_SCHED = {v: v - lib.SY_MSG_TASK_DEAD for n, v in MESSAGES.items() if n.startswith("TASK_")} | {
+    v: 32 + v - lib.SY_MSG_CPU_TICK for n, v in MESSAGES.items() if n.startswith("CPU_")
+}
+TASK_FLAGS = {bit: name.lower() for bit, name in names("SY_TF_").items()}
+SHOWN_CPUS = 1024
+MAX_WORD = 64  # numbers of one tunable
 MAX_WHY = 1000  # characters of a refusal
 MAX_DUMP = 1 << 16  # bytes
 RESULTS = {value: name.lower() for value, name in names("SY_R_").items()}
@@ -148,7 +158,7 @@ class Gateway:
             if lib.sy_gw_admit(self.gw, uid):
                 raise BusError(f"config.json has {len(users)} 'users': at most {lib.SY_MAX_USERS}")
         self.tables = Tables(
-            *(fd(self.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd))
+            *(fd(self.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd, lib.sy_gw_tasks_fd))
         )
         heat_cpu = codec.field(config, "heat_cpu", float) if "heat_cpu" in config else 0.02
         if not 0 <= heat_cpu <= 1:
@@ -184,6 +194,15 @@ class Gateway:
         if (status := lib.sy_gw_start(self.gw)) < 0:
             raise BusError(f"the gateway's threads do not start: {os.strerror(-status)}")
         self.monitor.start()
+        self.no_sched = "" if "sched" in self.components else "config.json has no component sched"
+        if not self.no_sched:
+            try:
+                if (status := lib.sy_gw_sched_start(self.gw, linux_sched.tracepoints())) < 0:
+                    self.no_sched = f"the kernel's tracepoints cannot be read: {os.strerror(-status)}"
+            except OSError as error:
+                self.no_sched = error.strerror or str(error)
+            if self.no_sched:
+                log.warning("sched will have no threads: %s", self.no_sched)
 
     def serve(self) -> None:
         """Until ``stop``."""
@@ -320,6 +339,8 @@ class Gateway:
     def _enter(self, component: Component, state: str) -> None:
         component.state = state
         self._publish_state(component)
+        if component.name == "sched":
+            self._priorities(component.pid if state == "online" else 0)
         self._post("COMPONENT_UP" if state == "online" else "COMPONENT_LOST", component.id)
 
     def _heat_needed(self) -> bool:
@@ -329,6 +350,18 @@ class Gateway:
         return any(c.heat and c.state == "online" for c in self.components.values()) or bool(
             header.slots and any(mark.free < SOON * mark.high for mark in marks)
         )
+
+    def _priorities(self, pid: int) -> None:
+        """What decides, and what carries it there, runs before whatever it may choose; ``pid`` 0: nobody decides."""
+        for tid in _bus_threads(os.getpid()) | {thread.native_id for thread in threading.enumerate() if thread.native_id}:
+            _fifo(tid, lib.SY_PRIORITY_RELAY if pid else 0)
+        try:
+            ours = pid and psutil.Process(pid).uids().real == keys.uid_of("sched")
+        except psutil.Error:
+            return
+        if ours:  # not whatever it says that it is
+            for tid in _bus_threads(pid) | {pid}:
+                _fifo(tid, lib.SY_PRIORITY_OWN)
 
     def _publish_state(self, component: Component) -> None:
         state = STATES.index(component.state)
@@ -435,17 +468,23 @@ class Gateway:
         return answer
 
     def _keep_words(self, component: Component, words: Any) -> None:
-        """Tunables that a component owns: buddy's ``reserve`` (blocks per order 0..10) and ``low`` (per order 0..9)."""
+        """Tunables that a component owns: buddy's ``reserve`` (blocks per order 0..10) and ``low`` (per order 0..9); sched's ``messages``
+        (types that it handles) and ``tick`` (microseconds between two CPU_TICK, 0 for none)."""
         lengths = {"reserve": MAX_ORDER + 1, "low": lib.SY_HUGE_ORDER + 1} if component.name == "buddy" else {}
+        if component.name == "sched":
+            lengths = {"messages": -1, "tick": 1}
         if not isinstance(words, dict):
             raise BusError("'words' must be a map")
         for word, values in words.items():
             if word not in lengths:
                 raise BusError(f"{component.name} has no tunable {word!r}")
-            if not isinstance(values, list) or len(values) != lengths[word]:
+            if not isinstance(values, list) or len(values) != lengths[word] != -1 or len(values) > MAX_WORD:
                 raise BusError(f"{word!r} must be a list of {lengths[word]} numbers")
             if not all(isinstance(value, int) and 0 <= value < 1 << 32 for value in values):
                 raise BusError(f"{word!r} must hold numbers of 32 bits")
+        if component.name == "sched":
+            wanted = {*words.get("messages", ())} & OF_SCHED.keys()
+            lib.sy_gw_sched_words(self.gw, sum(1 << OF_SCHED[message] for message in wanted), *words.get("tick", [0]))
         if "reserve" in words:
             lib.sy_gw_reserve_targets(self.gw, words["reserve"])
         for order, low in enumerate(words.get("low", [])):
@@ -600,6 +639,42 @@ class Gateway:
         lib.sy_gw_release(self.gw, space["asid"])
         return {"asid": space["asid"], "bytes": moves}
 
+    def request_sched_add(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """sched has the threads of process ``pid``, and all that they start, from now on."""
+        pid = _u32(header, "pid")
+        if self.no_sched:
+            raise BusError(f"no threads can be scheduled: {self.no_sched}")
+        why = {
+            errno.ESRCH: f"there is no process {pid}", errno.EPERM: f"process {pid} is the gateway, or the first of all",
+            errno.EINVAL: f"process {pid} is SCHED_DEADLINE: nothing goes before that", errno.ENOSPC: f"there are {lib.SY_MAX_TASKS} threads already",
+        }  # fmt: skip
+        if error := -lib.sy_gw_sched_add(self.gw, pid):
+            raise BusError(why.get(error, f"process {pid}: {os.strerror(error)}"))
+        return {"pid": pid}
+
+    def request_sched_remove(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
+        """The threads of process ``pid`` are the kernel's again; their attributes are as they set them."""
+        pid = _u32(header, "pid")
+        if self.no_sched or lib.sy_gw_sched_remove(self.gw, pid):
+            raise BusError(f"sched has no thread of process {pid}: `sylvie sched status` lists those that it has")
+        return {"pid": pid}
+
+    def request_sched(self, _route: bytes, _header: dict[str, Any]) -> dict[str, Any]:
+        """Status words of threads and CPUs, and what has been counted, as ``sylvie sched status`` shows them."""
+        t = self.tables
+        tasks = t.tasks[: t.sched.top]
+        now = time.monotonic_ns()
+        plain = []
+        for row in tasks[tasks["gtid"] != 0]:
+            task: dict[str, Any] = {n: int(row[n]) for n in row.dtype.names if n not in ("pad", "own_mask")}
+            task |= {name: bool(task["flags"] & bit) for bit, name in TASK_FLAGS.items()}
+            task["runtime_now"] = task["runtime"] + (now - task["switch_ns"] if task["on_cpu"] else 0)
+            task["own_cpus"] = [c for c in range(SHOWN_CPUS) if int(row["own_mask"][c // 64]) >> c % 64 & 1]
+            plain.append(task)
+        cpus = [{"cpu": i} | {n: int(c[n]) for n in ("chosen", "on", "seqnum", "state")} for i, c in enumerate(t.cpus) if c["state"]]
+        counters = {n: int(getattr(t.sched, n)) for n in ("count", "records", "messages", "lost", "resyncs", "runs", "refused", "fallbacks", "full")}
+        return {"tasks": plain, "cpus": cpus, "counters": counters, "problem": self.no_sched}
+
     def request_low(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:
         """Sets a magazine's low mark: ``asid`` (0: new address spaces), ``order``, ``low`` in blocks."""
         asid, order, low = (_u32(header, name) for name in ("asid", "order", "low"))
@@ -640,6 +715,25 @@ def _u32(header: dict[str, Any], name: str) -> int:
     if not 0 <= value < 1 << 32:
         raise BusError(f"{name!r} must be a number of 32 bits, not {value}")
     return value
+
+
+def _bus_threads(pid: int) -> set[int]:
+    """Threads of ZeroMQ's own in a process."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text().startswith("ZMQbg"):
+                found.add(int(task.name))
+    return found
+
+
+def _fifo(tid: int, priority: int) -> None:
+    """SCHED_FIFO for a thread that has no real-time priority of its own; 0: not any more."""
+    with contextlib.suppress(OSError):  # it has ended
+        if priority:
+            os.sched_setscheduler(tid, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+        else:
+            os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _by_order(values: NDArray[np.uint32]) -> dict[str, int]:

@@ -160,11 +160,12 @@ def down(ctx: click.Context, run_dir: str | None) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--limit", metavar="SIZE", help="Frames that it and all it starts may have together, as 128M; the rest is swapped.")
 @click.option("--overcommit", is_flag=True, help="It and what it starts may map more than RAM and swap hold.")
+@click.option("--sched", is_flag=True, help="Its threads, and those of all it starts, are sched's to schedule.")
 @click.option("--ksm", is_flag=True, help="All of its pages may share frames with equal ones, as if it had said MADV_MERGEABLE.")
 @run_dir_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_context
-def run(ctx: click.Context, limit: str | None, overcommit: bool, ksm: bool, run_dir: str | None, command: tuple[str, ...]) -> None:
+def run(ctx: click.Context, limit: str | None, overcommit: bool, ksm: bool, sched: bool, run_dir: str | None, command: tuple[str, ...]) -> None:
     """Run a program on the enclave's memory: same input, output, status, signals, directory and environment.
 
     \b
@@ -179,7 +180,7 @@ def run(ctx: click.Context, limit: str | None, overcommit: bool, ksm: bool, run_
         from sylvie.life import bytes_of
 
         frames = bytes_of(limit) >> 12
-    launch.run(chosen(ctx, run_dir), list(command), frames, overcommit, ksm)
+    launch.run(chosen(ctx, run_dir), list(command), frames, overcommit, ksm, sched)
 
 
 @cli.command()
@@ -195,6 +196,61 @@ def status(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
     from sylvie import show
 
     show.status(chosen(ctx, run_dir), as_json)
+
+
+@cli.group()
+def sched() -> None:
+    """Give threads to the scheduler, take them away, see them.
+
+    \b
+    Example: sylvie sched add $(pgrep redis-server)
+             sylvie sched status
+    """
+
+
+@sched.command()
+@click.argument("pid", type=click.IntRange(1))
+@run_dir_option
+@click.pass_context
+def add(ctx: click.Context, pid: int, run_dir: str | None) -> None:
+    """sched has the threads of a running process, and all that they start, from now on.
+
+    \b
+    Example: sylvie sched add $(pgrep redis-server)
+    """
+    from sylvie import life
+
+    life.control(chosen(ctx, run_dir), {"t": "sched-add", "pid": pid})
+
+
+@sched.command()
+@click.argument("pid", type=click.IntRange(1))
+@run_dir_option
+@click.pass_context
+def remove(ctx: click.Context, pid: int, run_dir: str | None) -> None:
+    """The kernel has the threads of a process again, with the attributes that they set themselves.
+
+    \b
+    Example: sylvie sched remove $(pgrep redis-server)
+    """
+    from sylvie import life
+
+    life.control(chosen(ctx, run_dir), {"t": "sched-remove", "pid": pid})
+
+
+@sched.command(name="status")
+@json_option
+@run_dir_option
+@click.pass_context
+def sched_status(ctx: click.Context, as_json: bool, run_dir: str | None) -> None:
+    """Threads that sched has, what is chosen for each CPU, and what has been counted.
+
+    \b
+    Example: sylvie sched status --json
+    """
+    from sylvie import show
+
+    show.sched(chosen(ctx, run_dir), as_json)
 
 
 @cli.command()

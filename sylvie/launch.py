@@ -50,12 +50,13 @@ def why_native(program: Path, depth: int = 0) -> str | None:
 LEAST_LIMIT = 1024  # SY_LEAST_LIMIT
 
 
-def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit: bool = False, ksm: bool = False) -> NoReturn:
+def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit: bool = False, ksm: bool = False, sched: bool = False) -> NoReturn:
     """Replaces this process by ``command``, managed. Exit status 125: Sylvie cannot; 126, 127: as a shell says.
 
     :param limit: frames that it and all it starts may have together
     :param overcommit: it and what it starts may map more than RAM and swap hold
     :param ksm: all their pages may be merged with equal ones
+    :param sched: sched has all their threads
     """
     if limit is not None and not LEAST_LIMIT <= limit < 1 << 32:
         fail("--limit: give a size of at least 4M, such as 128M or 4G", 125)
@@ -74,14 +75,16 @@ def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit:
             fail(f"no enclave is up in {run_dir}: start one with `sylvie --run-dir {run_dir} up`", 125)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it; the program must not inherit that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    if sched and why_native(Path(program)):
+        fail(f"{command[0]} {why_native(Path(program))}: start it without Sylvie and give it to `sylvie sched add`", 125)
     if limit and (reason := why_native(Path(program))):
         fail(f"{command[0]} {reason}: it would run natively, and --limit bounds managed memory only", 125)
     if reason := why_native(Path(program)):
         print(f"sylvie: {command[0]} {reason}: it runs natively", file=sys.stderr, flush=True)
         os.execve(program, command, environment())
     if os.geteuid() not in (0, *users(run_dir)):
-        if limit:
-            fail(f"this enclave is not for user {os.geteuid()} (sylvie up --user): nothing to limit", 125)
+        if limit or sched:
+            fail(f"this enclave is not for user {os.geteuid()} (sylvie up --user): it cannot be limited or scheduled", 125)
         print(
             f"sylvie: this enclave is not for user {os.geteuid()} (sylvie up --user): {command[0]} runs natively",
             file=sys.stderr,
@@ -91,7 +94,7 @@ def run(run_dir: Path, command: list[str], limit: int | None = None, overcommit:
     launcher = NATIVE / "sylvie-launch"
     if not launcher.exists():
         fail("the C parts are not built: run `make setup`", 125)
-    options = (["--ksm"] if ksm else []) + (["--overcommit"] if overcommit else []) + (["--limit", str(limit)] if limit else [])
+    options = (["--sched"] if sched else []) + (["--ksm"] if ksm else []) + (["--overcommit"] if overcommit else []) + (["--limit", str(limit)] if limit else [])
     # The launcher executes its last arguments by execvp; the name as given stays argv[0].
     os.execve(
         launcher,

@@ -21,10 +21,10 @@ from sylvie.supervisor import nudge, rpc
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ROOT / "components"
-DEFAULT = {"kswapd": "two_list", "thp": "adaptive", "autonuma": "hinting", "ksm": "scan"}  # implementation of each component; of the others: that of its own name
+DEFAULT = {"kswapd": "two_list", "thp": "adaptive", "autonuma": "hinting", "ksm": "scan", "sched": "first"}  # implementation of each component; of the others: that of its own name
 PATIENCE = 60.0  # seconds for processes to become ready or to end
 OURS = ("config.json", "supervisord.conf", "supervisor.sock", "supervisord.pid", "supervisord.log", "gateway.sock", "gateway.ready",
-        "events.ipc", "txn.ipc", "swap")  # fmt: skip
+        "events.ipc", "txn.ipc", "swap", "tasks")  # fmt: skip
 
 
 def bytes_of(text: str) -> int:
@@ -277,7 +277,9 @@ def ended(run_dir: Path, some: list[psutil.Process], timeout: float) -> list[psu
 def clean(run_dir: Path, existed: bool) -> None:
     """Removes our files; the directory too, unless somebody else made it or has put something into it."""
     from bus import keys
+    from kernel.abi import lib
 
+    lib.sy_sched_restore(str(run_dir / "tasks").encode())  # of a gateway that was killed
     for name in OURS:
         (run_dir / name).unlink(missing_ok=True)
     keys.remove(run_dir)

@@ -136,6 +136,33 @@ def topology(run_dir: Path, measure: bool, as_json: bool) -> None:
         print(f"within {level['ns']:.0f} ns: " + "  ".join("{" + ",".join(map(str, g)) + "}" for g in level["groups"]))
 
 
+def sched(run_dir: Path, as_json: bool) -> None:
+    """Threads, CPUs and counters of sched."""
+    answer = control(run_dir, {"t": "sched"})
+    if as_json:
+        print(json.dumps(answer))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console()
+    if answer["problem"]:
+        out.print(f"sched has no threads: {answer['problem']}")
+    out.print(", ".join(f"{name} {value}" for name, value in answer["counters"].items()))
+    by_gtid = {t["gtid"]: t for t in answer["tasks"]}
+    for cpu in answer["cpus"]:
+        on, best = (by_gtid.get(cpu[k], {}).get("tid", "-") for k in ("on", "chosen"))
+        out.print(f"CPU {cpu['cpu']}: on it {on}, chosen {best}")
+    t = Table("tid", "pid", "state", "CPU", "chosen for", "rank", "runtime ms", "nice", "messages", box=None, header_style="bold")
+    for task in answer["tasks"]:
+        state = "running" if task["on_cpu"] else "runnable" if task["runnable"] else "blocked"
+        where = ("any" if task["run_cpu"] < 0 else str(task["run_cpu"])) + (", standing" if task["standing"] else "") if task["chosen"] else "-"
+        rank = str(task["rank"]) if task["chosen"] else "-"
+        t.add_row(str(task["tid"]), str(task["pid"]), state, str(task["cpu"]), where, rank, f"{task['runtime_now'] / 1e6:.1f}", str(task["own_nice"]), str(task["barrier"]))
+    if answer["tasks"]:
+        out.print(t)
+
+
 def buddyinfo(run_dir: Path, as_json: bool) -> None:
     """Free blocks per node and order."""
     answer = control(run_dir, {"t": "buddyinfo"})

@@ -158,7 +158,9 @@ struct sy_task {
   int32_t own_nice;
   uint32_t own_priority;
   uint32_t own_reset;
-  uint64_t pad[4];
+  uint64_t own_slice;    /* … and sched_runtime of a policy that is not real-time, 0: the kernel's default */
+  uint64_t looking_ns;   /* it, or somebody for it, is in a system call about its attributes since then: they are its own meanwhile; 0: no */
+  uint64_t pad[2];
   uint64_t own_mask[16];
 };
 struct sy_cpu {
@@ -499,7 +501,7 @@ struct sy_op {
 };
 
 /* ---- the Unix socket <run dir>/gateway.sock (SOCK_SEQPACKET) ---- */
-enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT = 3, SY_HELLO_NEED_UFFD = 4, SY_HELLO_FORK = 5 };
+enum sy_hello_kind { SY_HELLO_STUB = 1, SY_HELLO_KEEPER = 2, SY_HELLO_COMPONENT = 3, SY_HELLO_NEED_UFFD = 4, SY_HELLO_FORK = 5, SY_HELLO_SCHED = 6 /* the launcher: sched has this process, and all that it starts */ };
 /* STUB: with the client's userfaultfd (no UFFDIO_API done on it: the gateway does it, EVENT_FORK needs privilege).
  * NEED_UFFD: the answer carries a descriptor of /dev/userfaultfd; the client goes on with STUB on the same socket.
  * KEEPER: with the seccomp listener and a one-page memfd (struct sy_keeper_page). COMPONENT: arg = component id. */

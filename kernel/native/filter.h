@@ -32,7 +32,7 @@
 #define ARENA_HI_END ((uint32_t)((SY_ARENA_START + SY_ARENA_SIZE) >> 32))
 
 /* A jump names labels; sy_filter_link counts the distances. NEXT: the following instruction. */
-enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, SHARED_VM, MMAP, MMAP_HINT, PMADVISE, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, OTHER_ARCH, LABELS };
+enum { NEXT, ALLOW, NOTIFY, NOSYS, ADDR, CLONE, SHARED_VM, MMAP, MMAP_HINT, PMADVISE, OPEN, OPENAT, FCNTL, SOCKOPT, UNSHARE, UFFD, LOOK, SETRLIMIT, PRLIMIT, SECCOMP, PRCTL, OTHER_ARCH, LABELS };
 struct sy_insn { uint16_t code; uint32_t k; uint8_t jt, jf, label; };
 #define ARG_LO(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i), 0, 0, 0}
 #define ARG_HI(i) {BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args) + 8 * (i) + 4, 0, 0, 0}
@@ -53,6 +53,9 @@ static const struct sy_insn sy_rules[] = {
     EQ(__NR_openat, OPENAT, NEXT), EQ(__NR_open, OPEN, NEXT), EQ(__NR_fcntl, FCNTL, NEXT), EQ(__NR_setsockopt, SOCKOPT, NEXT),
     EQ(__NR_prlimit64, PRLIMIT, NEXT), EQ(__NR_setrlimit, SETRLIMIT, NEXT), EQ(__NR_unshare, UNSHARE, NEXT), EQ(__NR_userfaultfd, UFFD, NEXT),
     EQ(__NR_mlockall, NOTIFY, NEXT), EQ(__NR_seccomp, SECCOMP, NEXT), EQ(__NR_prctl, PRCTL, NEXT), EQ(__NR_setns, NOTIFY, NEXT), EQ(__NR_openat2, NOTIFY, NEXT), EQ(__NR_vmsplice, NOTIFY, NEXT), EQ(__NR_io_setup, NOTIFY, NEXT), EQ(__NR_io_uring_setup, NOTIFY, NEXT),
+    /* how a thread is scheduled is what it set itself, whatever we made of it */
+    EQ(__NR_sched_setparam, LOOK, NEXT), EQ(__NR_sched_getparam, LOOK, NEXT), EQ(__NR_sched_setscheduler, LOOK, NEXT), EQ(__NR_sched_getscheduler, LOOK, NEXT),
+    EQ(__NR_sched_setaffinity, LOOK, NEXT), EQ(__NR_sched_getaffinity, LOOK, NEXT), EQ(__NR_sched_setattr, LOOK, NEXT), EQ(__NR_sched_getattr, LOOK, NEXT),
     EQ(__NR_clone, CLONE, NEXT), EQ(__NR_fork, NOTIFY, NEXT), EQ(__NR_process_madvise, PMADVISE, NEXT), EQ(__NR_clone3, NOSYS, ALLOW),
     /* arena addresses, not from the stub */
     AT(ADDR), ARG_LO(5), EQ(SY_MARK, ALLOW, NEXT), ARG_HI(0), GE(ARENA_HI_LO, NEXT, ALLOW), GE(ARENA_HI_END, ALLOW, NOTIFY),
@@ -70,7 +73,7 @@ static const struct sy_insn sy_rules[] = {
     AT(OPENAT), ARG_LO(2), ANY(SY_O_DIRECT, NOTIFY, ALLOW),
     AT(FCNTL), ARG_LO(1), EQ(F_SETFL, NEXT, ALLOW), ARG_LO(2), ANY(SY_O_DIRECT, NOTIFY, ALLOW),
     AT(SOCKOPT), ARG_LO(1), EQ(SOL_SOCKET, NEXT, ALLOW), ARG_LO(2), EQ(SO_ZEROCOPY, NOTIFY, ALLOW),
-    AT(UFFD), ARG_LO(5), EQ(SY_MARK, ALLOW, NOTIFY),
+    AT(UFFD), AT(LOOK), ARG_LO(5), EQ(SY_MARK, ALLOW, NOTIFY),
     /* what the kernel grants to a process of one thread only */
     AT(UNSHARE), ARG_LO(0), ANY(CLONE_NEWUSER | CLONE_VM | CLONE_SIGHAND | CLONE_THREAD, NOTIFY, ALLOW),
     /* a filter of the program's own would meet our calls */

@@ -237,6 +237,7 @@ struct sy_gateway {
   int nusers;
   struct marked marked[64];
   unsigned nmarked;
+  struct sched *sched;
 };
 
 static uint64_t now_ns(void) {
@@ -249,7 +250,9 @@ static void futex_wake_all(void *w) { syscall(SYS_futex, w, FUTEX_WAKE, 0x7fffff
 
 /* ---------------------------------------------------------------- events */
 /* A program will soon want what a component has to prepare. */
-static int is_urgent(int type) { return type == SY_MSG_MAGAZINE_LOW || type == SY_MSG_RESERVE_LOW || type == SY_MSG_WATERMARK || type == SY_MSG_TEST; }
+static int is_urgent(int type) {
+  return (type >= SY_MSG_TASK_DEAD && type < SY_MSG_MM_NEW) || type == SY_MSG_MAGAZINE_LOW || type == SY_MSG_RESERVE_LOW || type == SY_MSG_WATERMARK || type == SY_MSG_TEST;
+}
 static void event(struct sy_gateway *g, struct sy_msg m) {
   m.length = sizeof m;
   pthread_mutex_lock(&g->ev_lock);
@@ -898,7 +901,7 @@ static int drain_all(struct sy_gateway *g) {
 static void *drain_thread(void *arg) {
   struct sy_gateway *g = arg;
   /* A channel holds some 10 ms of a busy program's messages: do not queue behind programs for a CPU. */
-  struct sched_param sp = {.sched_priority = 1};
+  struct sched_param sp = {.sched_priority = SY_PRIORITY_DRAIN};
   pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp);
   while (!__atomic_load_n(&g->stopping, __ATOMIC_ACQUIRE)) {
     for (int idle = 0; idle < 3;) {
@@ -950,4 +953,5 @@ static void bury(struct sy_gateway *g, struct as *a) {
   free_as_memory(a);
 }
 
+#include "gateway_sched.h"
 #include "gateway_server.h"

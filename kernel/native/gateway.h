@@ -27,6 +27,23 @@ void sy_gw_post_test(struct sy_gateway *gw, uint32_t n);
 /* Carries out n operations for one component; fills ops[i].result. Number COMPLETE. */
 int sy_gw_commit(struct sy_gateway *gw, uint32_t component, struct sy_op *ops, int n);
 
+/* Where the fields of the kernel's sched tracepoints are in their records, in bytes; id -1: the kernel does not have it. calls: the ends of system calls about attributes. */
+struct sy_tracepoints {
+  int switch_id, wakeup_id, wakeup_new_id, fork_id, exec_id, exit_id, migrate_id, yield_id, ncalls, call_id[12];
+  uint16_t prev_pid, prev_state, next_pid, next_prio, wake_pid, wake_cpu, parent_pid, child_pid, exec_pid, exec_old_pid, exit_pid, migrate_pid, migrate_cpu;
+};
+/* From here on sched may have threads. After sy_gw_start. 0 or -errno. */
+int sy_gw_sched_start(struct sy_gateway *gw, const struct sy_tracepoints *tp);
+/* A process, with all its threads, and whatever they start. 0, -ENOSYS (sy_gw_sched_start was not called), -ESRCH, -EPERM (not that one), -EINVAL (SCHED_DEADLINE), -ENOSPC. */
+int sy_gw_sched_add(struct sy_gateway *gw, uint32_t pid);
+int sy_gw_sched_remove(struct sy_gateway *gw, uint32_t pid);
+/* What sched handles: bit type - 64 of a task's messages, 32 + type - 128 of a CPU's; and microseconds between two CPU_TICK, 0: none. */
+void sy_gw_sched_words(struct sy_gateway *gw, uint64_t wanted, uint32_t tick_us);
+void sy_gw_sched_watchdog(struct sy_gateway *gw, uint64_t ns);
+int sy_gw_tasks_fd(struct sy_gateway *gw);
+/* Gives the threads that a file "tasks" names their own attributes again, if whoever wrote it was killed. Number, or -errno. */
+int sy_sched_restore(const char *path);
+
 /* What happens when nothing is left: enum sy_oom. NATIVE until this is called. */
 void sy_gw_set_oom(struct sy_gateway *gw, uint32_t oom);
 /* 1: programs may map more than RAM and swap hold. */

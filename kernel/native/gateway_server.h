@@ -182,7 +182,7 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     welcome(g, c->fd, SY_W_ABI, 0, NULL, 0);
     goto refuse;
   }
-  if ((h.kind == SY_HELLO_NEED_UFFD || h.kind == SY_HELLO_STUB || h.kind == SY_HELLO_FORK) && !admitted(g, cred.uid)) { /* they would get RAM */
+  if ((h.kind == SY_HELLO_NEED_UFFD || h.kind == SY_HELLO_STUB || h.kind == SY_HELLO_FORK || h.kind == SY_HELLO_SCHED) && !admitted(g, cred.uid)) { /* they would get RAM */
     count(g, SY_CNT_BAD_HELLOS, 1);
     welcome(g, c->fd, SY_W_REFUSED, 0, NULL, 0);
     goto refuse;
@@ -194,13 +194,17 @@ static void hello(struct sy_gateway *g, struct conn *c) {
     leave_lobby(g, c), enter_lobby(g, c);
     return;
   }
+  if (h.kind == SY_HELLO_SCHED && n == 0) {
+    welcome(g, c->fd, sy_gw_sched_add(g, (uint32_t)cred.pid) ? SY_W_REFUSED : SY_W_OK, 0, NULL, 0);
+    goto refuse; /* it has what it needs */
+  }
   if (h.kind == SY_HELLO_COMPONENT && n == 0) {
     int ok = h.arg >= SY_C_BUDDY && h.arg <= SY_C_SCHED && (cred.uid == 0 || cred.uid == SY_COMPONENT_UID_BASE + h.arg);
     if (!ok) count(g, SY_CNT_BAD_HELLOS, 1);
-    int out[4 + SY_MAX_NODES] = {g->header_ro, g->frames_ro, g->heat_ro, g->slots_ro}, ram = 0;
-    for (; ok && h.arg == SY_C_KSM && ram < (int)g->nodes && (out[4 + ram] = reopen_ro(g->ram_fd[ram])) >= 0;) ram++; /* who looks for equal pages has to read them */
-    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, out, ok ? 4 + ram : 0);
-    while (ram) close(out[4 + --ram]);
+    int out[5 + SY_MAX_NODES] = {g->header_ro, g->frames_ro, g->heat_ro, g->slots_ro, g->sched->ro}, ram = 0;
+    for (; ok && h.arg == SY_C_KSM && ram < (int)g->nodes && (out[5 + ram] = reopen_ro(g->ram_fd[ram])) >= 0;) ram++; /* who looks for equal pages has to read them */
+    welcome(g, c->fd, ok ? SY_W_OK : SY_W_REFUSED, 0, out, ok ? 5 + ram : 0);
+    while (ram) close(out[5 + --ram]);
     goto refuse; /* it has what it needs */
   }
   if (h.kind == SY_HELLO_KEEPER && n == 2 && is_fd(fd[0], "anon_inode:seccomp notify")) {
@@ -412,6 +416,11 @@ static void start_watch(struct sy_gateway *g) {
   if (sigaction(WATCH_SIGNAL, &sa, NULL) || pthread_sigmask(SIG_UNBLOCK, &s, NULL)) return;
   g->have_watch = !timer_create(CLOCK_MONOTONIC, &e, &g->watch);
 }
+/* The calls that see, or set, how a thread is scheduled; the first argument says which. */
+static int is_look(int nr) {
+  return nr == SYS_sched_setparam || nr == SYS_sched_getparam || nr == SYS_sched_setscheduler || nr == SYS_sched_getscheduler || nr == SYS_sched_setaffinity || nr == SYS_sched_getaffinity ||
+         nr == SYS_sched_setattr || nr == SYS_sched_getattr;
+}
 static void notification(struct sy_gateway *g, struct conn *lc) {
   union { struct seccomp_notif n; char room[256]; } u;
   struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
@@ -433,6 +442,11 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   int nr = u.n.data.arch == AUDIT_ARCH_X86_64 ? u.n.data.nr : SYS_fork; /* see filter.h: of another architecture only this */
   pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
   int release = 1; /* what could not be done on memory that is not the kernel's own */
+  if (is_look(nr)) {
+    sched_look(g, u.n.pid, (uint32_t)u.n.data.args[0]);
+    count(g, SY_CNT_CONTINUED, 1);
+    return answer_notif(lc, u.n.id, 0, 0, 1);
+  }
   switch (nr) {
   case SYS_mmap: /* of a file: its descriptor is the program's, not the stub's */
     release = !(u.n.data.args[3] & MAP_ANONYMOUS) && u.n.data.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE);
@@ -560,6 +574,7 @@ static void stub_request(struct sy_gateway *g, struct conn *c) {
     for (int i = 0; i <= SY_SERVICE_THREADS; i++) {
       if (!thread_there(c->pid, q.tids[i])) continue; /* not a thread of that process: a lie, or another pid namespace */
       a->tids[i] = q.tids[i];
+      sched_not_ours(g, q.tids[i]);
       struct sched_param sp = {.sched_priority = SERVICE_PRIORITY};
       sched_setscheduler((pid_t)q.tids[i], SCHED_FIFO | SCHED_RESET_ON_FORK, &sp);
     }
@@ -823,7 +838,7 @@ static uint32_t permitted(uint32_t component, uint32_t op) { /* ARCHITECTURE: wh
   case SY_OP_COLLAPSE: case SY_OP_SPLIT: return component == SY_C_THP ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_MERGE: return component == SY_C_KSM ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   case SY_OP_MIGRATE: return component == SY_C_AUTONUMA || component == SY_C_BUDDY ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
-  case SY_OP_RUN: return component == SY_C_SCHED ? SY_R_INVALID : SY_R_NOT_PERMITTED;
+  case SY_OP_RUN: case SY_OP_TIMER: return component == SY_C_SCHED ? SY_R_COMPLETE : SY_R_NOT_PERMITTED;
   }
   return SY_R_INVALID;
 }
@@ -889,8 +904,15 @@ static uint32_t phase2(struct sy_gateway *g, struct sy_op *op) {
 }
 int sy_gw_commit(struct sy_gateway *g, uint32_t component, struct sy_op *ops, int n) {
   int done = 0;
+  for (int i = 0, end; component == SY_C_SCHED && i < n; i = end) { /* what follows one another belongs together */
+    for (end = i; end < n && of_sched(&ops[end]); end++) {
+    }
+    if (end > i) commit_run(g, ops + i, end - i);
+    else end++;
+  }
   pthread_mutex_lock(&g->lock);
-  for (int i = 0; i < n; i++) ops[i].result = phase1(g, component, &ops[i]);
+  for (int i = 0; i < n; i++)
+    if (component != SY_C_SCHED || !of_sched(&ops[i])) ops[i].result = phase1(g, component, &ops[i]);
   pthread_mutex_unlock(&g->lock);
   for (int i = 0; i < n; i++) {
     if (ops[i].result == SY_R_PENDING) { /* block by block, so that the first can be used while the next is zeroed */
@@ -955,6 +977,7 @@ int sy_gw_set_fault_order(struct sy_gateway *g, uint32_t asid, uint32_t order, u
 }
 void sy_gw_heartbeat(struct sy_gateway *g, uint32_t component, uint32_t pid, uint32_t state, uint32_t restarts) {
   if (component >= SY_MAX_COMPONENTS) return;
+  if (component == SY_C_SCHED && state == 1) g->sched->hdr->alive_ns = now_ns();
   g->hdr->component[component] = (struct sy_component){component, pid, now_ns(), state, restarts};
 }
 
@@ -1169,6 +1192,7 @@ struct sy_gateway *sy_gw_new(const char *run_dir, uint64_t ram, uint32_t nodes, 
     if (!(g->standby[i] = malloc(STANDBY_RING * sizeof **g->standby))) FAIL("no memory for the tables");
   }
 
+  if (sched_new(g)) FAIL("cannot make %s/tasks: %s", g->run_dir, strerror(errno));
   g->ev_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->urgent_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), g->ep = epoll_create1(EPOLL_CLOEXEC), g->poke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   take_spare(g);
   g->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -1206,6 +1230,7 @@ void sy_gw_stop(struct sy_gateway *g) {
   pthread_cond_signal(&g->store_work);
   pthread_mutex_unlock(&g->lock);
   if (g->have_storer) pthread_join(g->storer, NULL);
+  sched_stop(g);
   if (g->sock_path[0]) unlink(g->sock_path);
   /* What is left (mappings, descriptors of clients) goes with the process, which ends now: programs see the socket hang up. */
   if (g->listen_fd >= 0) close(g->listen_fd);

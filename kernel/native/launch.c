@@ -1,4 +1,4 @@
-/* sylvie-launch RUN_DIR STUB KEEPER [--ksm] [--overcommit] [--limit FRAMES] -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
+/* sylvie-launch RUN_DIR STUB KEEPER [--sched] [--ksm] [--overcommit] [--limit FRAMES] -- CMD…: starts CMD in this very process, under Sylvie's filter and with the stub preloaded.
  *
  * The keeper (one a launched tree) is started first, outside of the filter and not as our child, so that CMD's own wait()
  * never sees it. It gets the filter's listener and passes a duplicate to the gateway. */
@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "filter.h"
@@ -45,13 +46,36 @@ static void start_keeper(const char *keeper, const char *sock_path, int fd, int 
   }
 }
 
+/* sched has this process from now on, and so all that it becomes and starts. */
+static void give_to_sched(const char *path) {
+  struct sockaddr_un a = {.sun_family = AF_UNIX};
+  struct sy_hello h = {.magic = SY_MAGIC, .abi = SY_ABI_VERSION, .kind = SY_HELLO_SCHED};
+  struct sy_welcome w;
+  int s = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  memcpy(a.sun_path, path, strlen(path) + 1); /* (main has seen that it fits) */
+  if (s < 0 || connect(s, (struct sockaddr *)&a, sizeof a) || send(s, &h, sizeof h, MSG_NOSIGNAL) != sizeof h || recv(s, &w, sizeof w, 0) != sizeof w) die("the gateway does not answer");
+  if (w.status != SY_W_OK) {
+    fprintf(stderr, "sylvie run: this enclave schedules no threads: `sylvie sched status` says why\n");
+    _exit(125);
+  }
+  close(s);
+}
+
 int main(int argc, char **argv) {
-  int ksm = argc > 4 && !strcmp(argv[4], "--ksm"), overcommit = argc > 4 + ksm && !strcmp(argv[4 + ksm], "--overcommit");
-  char **cmd = argv + 4 + ksm + overcommit;
-  unsigned long limit = argc > 5 + ksm + overcommit && !strcmp(*cmd, "--limit") ? strtoul(cmd[1], NULL, 10) : 0, group;
-  cmd += (limit ? 2 : 0) + 1;
-  if (cmd >= argv + argc || strcmp(cmd[-1], "--") || limit > UINT32_MAX) {
-    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER [--ksm] [--overcommit] [--limit FRAMES] -- CMD…   (use `sylvie run -- CMD…`)\n");
+  int ksm = 0, overcommit = 0, sched = 0;
+  unsigned long limit = 0, group;
+  char **cmd = argv + (argc > 4 ? 4 : argc);
+  for (; *cmd && strcmp(*cmd, "--"); cmd++) {
+    if (!strcmp(*cmd, "--sched")) sched = 1;
+    else if (!strcmp(*cmd, "--ksm")) ksm = 1;
+    else if (!strcmp(*cmd, "--overcommit")) overcommit = 1;
+    else if (!strcmp(*cmd, "--limit") && cmd[1]) limit = strtoul(*++cmd, NULL, 10);
+    else break;
+  }
+  if (*cmd && !strcmp(*cmd, "--")) cmd++;
+  else cmd = argv + argc;
+  if (!*cmd || limit > UINT32_MAX) {
+    fprintf(stderr, "usage: sylvie-launch RUN_DIR STUB KEEPER [--sched] [--ksm] [--overcommit] [--limit FRAMES] -- CMD…   (use `sylvie run -- CMD…`)\n");
     return 125;
   }
   char sock_path[256], mark[300], *preload = NULL;
@@ -79,6 +103,7 @@ int main(int argc, char **argv) {
   if (fd >= 0) close(fd);
   close(sp[0]);
 
+  if (sched) give_to_sched(sock_path);
   const char *old = getenv("LD_PRELOAD");
   if (asprintf(&preload, "%s%s%s", argv[2], old ? ":" : "", old ? old : "") < 0) die("memory");
   const char *may = ksm && overcommit ? "ksm:overcommit:" : ksm ? "ksm:" : overcommit ? "overcommit:" : "";
