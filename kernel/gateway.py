@@ -128,6 +128,7 @@ class Gateway:
         self.counters = {"bad_requests": 0, "bad_keys": 0, "batches": 0, "published": 0, "lost_events": 0}
         self.refusals: Counter[str] = Counter()  # of requests and operations, by reason
         self._stopping = False
+        self._sched_words = (0, 0)  # see ``_keep_words``
 
         why = ffi.new("char[]", 512)
         ram, nodes = codec.field(config, "ram", int), codec.field(config, "nodes", int)
@@ -341,6 +342,7 @@ class Gateway:
         self._publish_state(component)
         if component.name == "sched":
             self._priorities(component.pid if state == "online" else 0)
+            lib.sy_gw_sched_words(self.gw, *(self._sched_words if state == "online" else (0, 0)))
         self._post("COMPONENT_UP" if state == "online" else "COMPONENT_LOST", component.id)
 
     def _heat_needed(self) -> bool:
@@ -484,7 +486,7 @@ class Gateway:
                 raise BusError(f"{word!r} must hold numbers of 32 bits")
         if component.name == "sched":
             wanted = {*words.get("messages", ())} & OF_SCHED.keys()
-            lib.sy_gw_sched_words(self.gw, sum(1 << OF_SCHED[message] for message in wanted), *words.get("tick", [0]))
+            self._sched_words = (sum(1 << OF_SCHED[message] for message in wanted), *words.get("tick", [0]))
         if "reserve" in words:
             lib.sy_gw_reserve_targets(self.gw, words["reserve"])
         for order, low in enumerate(words.get("low", [])):

@@ -130,7 +130,7 @@ struct sy_task_msg {
  * read-only. It is a file so that whoever comes after a gateway that was killed finds what each thread's attributes were. ---- */
 #define SY_MAX_TASKS 8192
 enum sy_task_flags {
-  SY_TF_ON_CPU = 1,
+  SY_TF_ON_CPU = 1,      /* … or interrupted by a thread of our own, which takes microseconds */
   SY_TF_RUNNABLE = 2,    /* … or running */
   SY_TF_CHOSEN = 4,      /* by RUN, and it holds: runs by SCHED_FIFO; else it waits, with the attributes that it set itself */
   SY_TF_STANDING = 8,    /* … also after it blocks */
@@ -167,7 +167,7 @@ struct sy_cpu {
   uint64_t chosen;       /* gtid; 0: nothing */
   uint32_t seqnum;       /* messages about it so far, and of tasks there: ghOSt's cpu_seqnum, and the agent's barrier */
   uint32_t state;        /* enum sy_cpu_state */
-  uint64_t on;           /* gtid of ours that is on it, 0: none */
+  uint64_t on;           /* gtid of a task that is ON_CPU there, 0: none */
   uint64_t pad[5];
 };
 enum sy_cpu_state { SY_CPU_ONLINE = 1, SY_CPU_IDLE = 2, SY_CPU_BUSY = 4 };

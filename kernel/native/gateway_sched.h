@@ -13,6 +13,7 @@
 #define LOOK_NS 2000000000ull       /* a look at attributes that did not end was never begun */
 #define TIDS (1u << 22)             /* PID_MAX_LIMIT */
 #define NOT_OURS 0xffff             /* by_tid: a stub's service thread */
+#define DOUBTS 16u                  /* each costs some 10 us */
 #define MAX_PERF 24
 #define MASK_BYTES 128
 
@@ -36,7 +37,7 @@ struct sched {
   uint64_t tick_ns, next_tick, next_look, lost_seen, last_round;
   uint64_t timer_ns[SY_MAX_CPUS], timer_cookie[SY_MAX_CPUS];
   uint64_t default_slice;
-  uint32_t as_seen;
+  uint32_t doubt;          /* next to be looked at */
   int looking;             /* tasks with looking_ns */
 };
 
@@ -226,12 +227,25 @@ static void let_out(struct sy_gateway *g, struct sy_task *t, int type) {
 
 /* ---------------------------------------------------------------- what the kernel says */
 static int32_t i32(const uint8_t *raw, uint16_t off) { int32_t v; memcpy(&v, raw + off, 4); return v; }
+static void woke(struct sy_gateway *g, int waker, uint64_t when, uint32_t tid, int cpu) {
+  struct sched *s = g->sched;
+  struct sy_task *t = task_of(s, tid);
+  if (!t || t->flags & SY_TF_RUNNABLE) return;
+  int16_t last = (int16_t)t->cpu;
+  t->flags |= SY_TF_RUNNABLE, t->wake_ns = when, t->wake_runtime = t->runtime;
+  if (cpu >= 0 && cpu < s->ncpu) t->cpu = cpu;
+  say(g, SY_MSG_TASK_WAKEUP, t, t->cpu, (struct sy_task_msg){.runtime = when, .last_cpu = last, .waker_cpu = (int16_t)waker, .runnable = 1, .nice = (int8_t)t->own_nice});
+  if (t->flags & SY_TF_CHOSEN || !(t->flags & SY_TF_TOUCHED)) return;
+  if (t->run_cpu < 0 || s->linger[t->run_cpu] != (uint32_t)(t - s->task) + 1) apply_choice(t); /* it waits; but for the last one there, while nobody else was chosen */
+}
 static void left(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int64_t state, int next_ours) {
   struct sched *s = g->sched;
   struct sy_task *t = task_of(s, tid);
   if (!t) return;
+  woke(g, -1, when, tid, cpu); /* (if that was not said) */
   if (t->flags & SY_TF_ON_CPU && when > t->switch_ns) t->runtime += when - t->switch_ns;
   t->switch_ns = when, t->cpu = cpu;
+  if (next_ours && !(state & 0xff) && s->cpu[cpu].on == t->gtid) return; /* it goes on as soon as we are done: an interruption */
   t->flags &= ~(uint32_t)SY_TF_ON_CPU;
   if (s->cpu[cpu].on == t->gtid) s->cpu[cpu].on = 0;
   if (!(state & 0xff)) { /* … or 0x100: in the kernel, which is no difference to us */
@@ -264,23 +278,19 @@ static void came(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int
   if (busy && !(was & SY_CPU_BUSY)) say_cpu(g, SY_MSG_CPU_BUSY, cpu, 0);
   if (!busy && was & SY_CPU_BUSY) say_cpu(g, SY_MSG_CPU_AVAILABLE, cpu, 0);
   if (!before && tid && !t && prio > 99 - SY_PRIORITY_OWN) say_cpu(g, SY_MSG_CPU_NOT_IDLE, cpu, 0);
+  if (!t && tid && prio <= 99 - SY_PRIORITY_OWN) return;
+  if (c->on && (!t || c->on != t->gtid)) { /* what had been interrupted does not go on, or not here */
+    struct sy_task *was = task_by_gtid(s, c->on);
+    if (was && was->cpu == cpu) was->flags &= ~(uint32_t)SY_TF_ON_CPU;
+    if (was && was->cpu == cpu && was->flags & SY_TF_CHOSEN) say_task(g, SY_MSG_TASK_PREEMPT, was, 1);
+  }
   c->on = t ? t->gtid : 0;
   if (!t) return;
-  if (!(t->flags & SY_TF_RUNNABLE)) t->wake_ns = when, t->wake_runtime = t->runtime; /* its wake-up was lost, or there was none to see */
+  woke(g, -1, when, tid, cpu); /* if that was not said: some kernels have no record of wake-ups by interrupts of an idle CPU, `perf record` misses them, too */
+  if (!(t = task_of(s, tid))) return;
   t->switch_ns = when, t->cpu = cpu;
   t->flags |= SY_TF_ON_CPU | SY_TF_RUNNABLE;
   if (t->flags & SY_TF_SEND_ON_CPU) t->flags &= ~(uint32_t)SY_TF_SEND_ON_CPU, say_task(g, SY_MSG_TASK_ON_CPU, t, 1);
-}
-static void woke(struct sy_gateway *g, int waker, uint64_t when, uint32_t tid, int cpu) {
-  struct sched *s = g->sched;
-  struct sy_task *t = task_of(s, tid);
-  if (!t || t->flags & SY_TF_RUNNABLE) return;
-  int16_t last = (int16_t)t->cpu;
-  t->flags |= SY_TF_RUNNABLE, t->wake_ns = when, t->wake_runtime = t->runtime;
-  if (cpu >= 0 && cpu < s->ncpu) t->cpu = cpu;
-  say(g, SY_MSG_TASK_WAKEUP, t, t->cpu, (struct sy_task_msg){.runtime = when, .last_cpu = last, .waker_cpu = (int16_t)waker, .runnable = 1, .nice = (int8_t)t->own_nice});
-  if (t->flags & SY_TF_CHOSEN || !(t->flags & SY_TF_TOUCHED)) return;
-  if (t->run_cpu < 0 || s->linger[t->run_cpu] != (uint32_t)(t - s->task) + 1) apply_choice(t); /* it waits; but for the last one there, while nobody else was chosen */
 }
 /* The end of a system call about attributes: those of whoever it was about are their own, and may be others now. */
 static void looked(struct sy_gateway *g, struct sy_task *t) {
@@ -322,6 +332,17 @@ static void set_by_call(struct sy_gateway *g, uint32_t caller) {
   memcpy(t->own_mask, mask, sizeof mask);
   say_task(g, SY_MSG_TASK_AFFINITY_CHANGED, t, 1);
   if (t->flags & SY_TF_CHOSEN) apply_choice(t);
+}
+/* So one that was woken, and has not run since, may count as blocked. A few of those at a time are looked at. */
+static void look_again(struct sy_gateway *g) {
+  struct sched *s = g->sched;
+  struct stat_line l;
+  for (uint32_t looked_at = 0, n = s->hdr->top; n && looked_at < DOUBTS; n--) {
+    struct sy_task *t = &s->task[s->doubt++ % s->hdr->top];
+    if (!t->gtid || t->flags & SY_TF_RUNNABLE) continue;
+    looked_at++;
+    if (!read_stat(t->pid, t->tid, &l) && l.state == 'R') woke(g, -1, now_ns(), t->tid, l.cpu);
+  }
 }
 static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t current, const uint8_t *raw) {
   struct sched *s = g->sched;
@@ -501,8 +522,8 @@ static uint64_t housekeeping(struct sy_gateway *g) { /* → when there is someth
   if (now >= s->next_look) {
     s->next_look = next = now + HOUSEKEEPING_NS;
     all_looked(g, now - (s->tp.ncalls ? LOOK_NS : 10000000ull));
-    if (s->hdr->count) see_spaces(g);
-    if (now - s->hdr->alive_ns > s->hdr->watchdog_ns && all_wait(g, 0)) s->hdr->fallbacks++, s->wanted = 0, s->tick_ns = 0;
+    if (s->hdr->count) see_spaces(g), look_again(g);
+    if (now - s->hdr->alive_ns > s->hdr->watchdog_ns && all_wait(g, 0)) s->hdr->fallbacks++;
   }
   if (s->tick_ns && s->hdr->count && s->next_tick < next) next = s->next_tick;
   for (int i = 0; i < s->ncpu; i++)
@@ -552,7 +573,7 @@ static uint32_t check_run(struct sched *s, const struct sy_op *op, struct sy_tas
   if (!((*t)->flags & SY_TF_RUNNABLE) && !(flags & SY_RUN_STANDING)) return SY_R_TARGET_NOT_RUNNABLE;
   if (!any && !((*t)->own_mask[cpu / 64] >> cpu % 64 & 1)) return SY_R_INVALID_CPU;
   if (!any && s->cpu[cpu].state & SY_CPU_BUSY) return SY_R_CPU_UNAVAIL;
-  if ((*t)->flags & SY_TF_CHOSEN && (*t)->run_cpu >= 0 && (*t)->run_cpu != (int32_t)cpu && (*t)->flags & SY_TF_ON_CPU && !(flags & SY_RUN_ALLOW_ONCPU)) return SY_R_TARGET_ONCPU;
+  if ((*t)->flags & SY_TF_CHOSEN && (*t)->run_cpu >= 0 && (*t)->run_cpu != (int32_t)cpu && (*t)->flags & SY_TF_RUNNABLE && !(flags & SY_RUN_ALLOW_ONCPU)) return SY_R_TARGET_ONCPU;
   return SY_R_COMPLETE;
 }
 /* What was chosen for that CPU waits, but for `but`. */
