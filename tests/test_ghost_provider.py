@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -377,6 +378,18 @@ def test_calls_that_fail(machine: Kernel, enclave: Enclave) -> None:
     failing("CONFIG_QUEUE_WAKEUP", errno.EINVAL, fs.GhostError, lambda: enclave.create_queue(8, wake=[9]))
     machine.rings.clear()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_real_ioctl_fills_the_struct() -> None:
+    """The call that is replaced everywhere else here."""
+    out, into = os.pipe()
+    os.write(into, b"12345")
+    there = abi(91).ffi.new("int *")
+    assert System().ioctl(out, termios.FIONREAD, abi(91).ffi.buffer(there)) == 0 and there[0] == 5
+    with pytest.raises(OSError):
+        System().ioctl(out, abi(91).ioctl("NULL"), abi(91).ffi.buffer(there))
+    os.close(out)
+    os.close(into)
 
 
 def test_gtid(tmp_path: Path) -> None:
