@@ -94,6 +94,25 @@ def access_information(root: Path = Path("/")) -> list[Finding]:
     return out
 
 
+def ghost(root: Path = Path("/")) -> Finding:
+    """Whether the kernel is ghOSt's, and of a version that Sylvie speaks."""
+    from kernel.providers.ghost import fs
+
+    where, known = root / "sys/fs/ghost", fs.listed(fs.VERSIONS)
+    try:
+        state = fs.look(where, root / "proc/filesystems")
+    except fs.RingError as e:
+        return Finding("ghOSt", False, str(e), f"Sylvie speaks ABI {known}")
+    if state.versions is None:
+        if state.kernel:
+            return Finding("ghOSt", None, "no ghostfs mounted", f"mount -t ghost ghost {where} (as root)")
+        return Finding("ghOSt", None, "no ghostfs", f"only needed to schedule by a ghOSt kernel: {fs.KERNEL}, ABI {known}")
+    if state.spoken is None:
+        found = f"version {fs.listed(state.versions)}, not spoken"
+        return Finding("ghOSt", False, found, f"Sylvie speaks ABI {known}: boot a ghOSt kernel of one of those")
+    return Finding("ghOSt", True, f"version {state.spoken}, spoken (the kernel offers {fs.listed(state.versions)})")
+
+
 def findings() -> list[Finding]:
     """Everything, essentials first."""
     import psutil
@@ -186,6 +205,7 @@ def findings() -> list[Finding]:
     optional(
         "tracepoints", "/sys/kernel/tracing/events/sched", "mount -t tracefs tracefs /sys/kernel/tracing (as root)"
     )
+    out.append(ghost())
     optional("cgroup memory controller", "/sys/fs/cgroup/memory", "only needed to measure against native limits")
     from kernel.host import Host
 
