@@ -149,6 +149,10 @@ class BasePolicy:
             setattr(self, name, tunable.default)
         self.now = now  # seconds; a policy asks no other clock, so that a simulated machine can have its own
 
+    def dispatch(self, handlers: dict[int, Handler], events: NDArray[np.void]) -> None:
+        """Hands one batch, shape (n,), to the handlers: type by type, in ascending order of their number."""
+        dispatch(handlers, events)
+
     gather = 0.0  # seconds between two steps, at least: who is in no hurry handles more events at once
 
     def asleep(self) -> bool:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from bus.client import Control, GatewayGone, subscriber
 from bus.codec import BusError, decode_batch, field
 from bus.keys import COMPONENT_IDS, uid_of
-from bus.policy import BasePolicy, Transaction, commit, dispatch, handlers_of
+from bus.policy import BasePolicy, Transaction, commit, handlers_of
 from bus.tables import Tables
 from bus.topics import MESSAGES, TOPICS, topic_of
 from kernel.abi import OP_DTYPE, ffi, lib
@@ -244,7 +244,7 @@ class Runtime:
 
     def _dispatch(self, events: NDArray[np.void]) -> None:
         self.events += len(events)
-        dispatch(self._handlers, events)
+        self.policy.dispatch(self._handlers, events)
 
     def _send(self, ops: NDArray[np.void]) -> NDArray[np.void]:
         _, raw = self.control.exchange({"t": "txn", "name": self.name}, ops.tobytes())

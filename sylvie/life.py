@@ -21,7 +21,7 @@ from sylvie.supervisor import nudge, rpc
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPONENTS = ROOT / "components"
-DEFAULT = {"kswapd": "two_list", "thp": "adaptive", "autonuma": "hinting", "ksm": "scan", "sched": "first"}  # implementation of each component; of the others: that of its own name
+DEFAULT = {"kswapd": "two_list", "thp": "adaptive", "autonuma": "hinting", "ksm": "scan", "sched": "fifo_per_cpu"}  # implementation of each component; of the others: that of its own name
 PATIENCE = 60.0  # seconds for processes to become ready or to end
 OURS = ("config.json", "supervisord.conf", "supervisor.sock", "supervisord.pid", "supervisord.log", "gateway.sock", "gateway.ready",
         "events.ipc", "txn.ipc", "swap", "tasks")  # fmt: skip

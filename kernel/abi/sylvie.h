@@ -160,7 +160,8 @@ struct sy_task {
   uint32_t own_reset;
   uint64_t own_slice;    /* … and sched_runtime of a policy that is not real-time, 0: the kernel's default */
   uint64_t looking_ns;   /* it, or somebody for it, is in a system call about its attributes since then: they are its own meanwhile; 0: no */
-  uint64_t pad[2];
+  uint64_t looker;       /* … which thread */
+  uint64_t pad[1];
   uint64_t own_mask[16];
 };
 struct sy_cpu {

@@ -313,10 +313,11 @@ static void looked(struct sy_gateway *g, struct sy_task *t) {
   if (old.own_policy != t->own_policy || old.own_nice != t->own_nice || old.own_priority != t->own_priority) say_task(g, SY_MSG_TASK_PRIORITY_CHANGED, t, (t->flags & SY_TF_RUNNABLE) != 0);
   if (t->flags & SY_TF_CHOSEN || real_time(t->own_policy)) apply_choice(t);
 }
-static void all_looked(struct sy_gateway *g, uint64_t until) {
+/* Of that caller, 0: of whomever, those that began by then. */
+static void all_looked(struct sy_gateway *g, uint32_t caller, uint64_t until) {
   struct sched *s = g->sched;
   for (uint32_t i = 0; s->looking && i < s->hdr->top; i++)
-    if (s->task[i].gtid && s->task[i].looking_ns && s->task[i].looking_ns <= until) looked(g, &s->task[i]);
+    if (s->task[i].gtid && s->task[i].looking_ns && s->task[i].looking_ns <= until && (!caller || s->task[i].looker == caller)) looked(g, &s->task[i]);
 }
 /* Somebody has set a nice value, or has set something for a thread whose call we did not see begin (its process has no filter of ours). */
 static void set_by_call(struct sy_gateway *g, uint32_t caller) {
@@ -380,7 +381,7 @@ static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t curren
   } else
     for (int i = 0; i < p->ncalls; i++)
       if (id == p->call_id[i]) {
-        if (s->looking) all_looked(g, when);
+        if (s->looking) all_looked(g, current, when);
         set_by_call(g, current);
       }
 }
@@ -521,7 +522,7 @@ static uint64_t housekeeping(struct sy_gateway *g) { /* → when there is someth
     if (s->timer_ns[i] && now >= s->timer_ns[i]) s->timer_ns[i] = 0, say_cpu(g, SY_MSG_CPU_TIMER_EXPIRED, i, s->timer_cookie[i]);
   if (now >= s->next_look) {
     s->next_look = next = now + HOUSEKEEPING_NS;
-    all_looked(g, now - (s->tp.ncalls ? LOOK_NS : 10000000ull));
+    all_looked(g, 0, now - (s->tp.ncalls ? LOOK_NS : 10000000ull));
     if (s->hdr->count) see_spaces(g), look_again(g);
     if (now - s->hdr->alive_ns > s->hdr->watchdog_ns && all_wait(g, 0)) s->hdr->fallbacks++;
   }
@@ -717,7 +718,7 @@ static void sched_look(struct sy_gateway *g, uint32_t caller, uint32_t target) {
   if (t) {
     if (t->flags & SY_TF_TOUCHED) own_again(t);
     if (!t->looking_ns) s->looking++;
-    t->looking_ns = now_ns();
+    t->looking_ns = now_ns(), t->looker = caller;
   }
   pthread_mutex_unlock(&s->lock);
 }
