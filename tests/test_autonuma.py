@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from conftest import Enclave, bring_up, take_down, wait_for
 from numpy.typing import NDArray
 from test_swap import tables
 
+from bus.policy import Transaction
 from bus.tables import alike_blocks
-from kernel.abi import FRAME_DTYPE, lib
+from components.autonuma import tiering
+from kernel.abi import FRAME_DTYPE, MSG_DTYPE, lib
 from kernel.topology import find, levels, machine_nodes, measure, numbers
 
 HALF = 64  # MiB a node
@@ -97,6 +100,65 @@ def test_interleaved(enclave: Enclave, compiled: Callable[[str], Path]) -> None:
             wait_for(lambda: 0.4 < first(0) < 0.6 and 0.4 < second(0) < 0.6, 30, f"{first(0)}, {second(0)} on node 0")
     finally:
         enclave.cli("swap", "autonuma", "hinting")
+
+
+class Tiers:
+    """tiering over tables of two nodes of 2048 frames each, all but the last ``free`` of each mapped; its clock is ``time``."""
+
+    def __init__(self, free: int) -> None:
+        self.frames = np.zeros(4096, FRAME_DTYPE)
+        self.frames["node"][2048:] = 1
+        used = np.concatenate([np.arange(2048 - free), 2048 + np.arange(2048 - free)])
+        f = np.zeros(len(used), FRAME_DTYPE)
+        f["state"], f["asid"], f["vpage"], f["node"] = lib.SY_FRAME_MAPPED, 1, np.arange(len(used)), self.frames["node"][used]
+        self.frames[used] = f
+        self.time = 0.0
+        header = SimpleNamespace(watermark=[SimpleNamespace(free=free, high=64) for _ in range(2)])
+        self.policy = tiering.Policy(self.frames, header, [(0, 2048), (2048, 2048)], Transaction(self.frames), lambda: self.time)
+        self.policy.rebuild()
+
+    def step(self, op: int) -> NDArray[np.int64]:
+        """Frames that the next step asks for by this operation; what is taken from sight is so at once, and nothing moves."""
+        self.time += 0.1
+        self.policy.step()
+        ops = self.policy.txn.take()
+        self.policy.result(ops)
+        aged = ops["pfn"][ops["op"] == lib.SY_OP_AGE]
+        self.frames["flags"][aged] |= lib.SY_FF_AGED
+        some = ops[ops["op"] == op]
+        assert op != lib.SY_OP_MIGRATE or (some["order"] == 0).all() or self.policy.header.watermark[0].free > 64
+        return some["pfn"].astype(np.int64)
+
+    def touch(self, pfns: NDArray[np.int64]) -> None:
+        events = np.zeros(len(pfns), MSG_DTYPE)
+        events["pfn"] = pfns
+        self.frames["flags"][pfns] = 0
+        self.policy.page_hint(events)
+
+
+def test_no_more_is_taken_from_sight_than_must_go() -> None:
+    """The fast node is short, and the other one full: once enough is known to be cold, what is in use stays mapped, or a slow program has no time for anything but faults."""
+    t = Tiers(40)
+    used = np.arange(256)  # is touched all the time
+    for _ in range(30):
+        t.step(lib.SY_OP_AGE)
+        t.touch(used[t.frames["flags"][used] & lib.SY_FF_AGED != 0])
+    again = np.concatenate([t.step(lib.SY_OP_AGE) for _ in range(20)])
+    assert not (again < 2048).any()
+
+
+def test_hot_and_cold_change_places_where_all_is_full() -> None:
+    t = Tiers(20)
+    for _ in range(30):
+        t.step(lib.SY_OP_AGE)
+    t.touch(np.arange(2048, 2304))  # too late: not hot
+    for _ in range(5):
+        t.step(lib.SY_OP_AGE)
+    hot = 2048 + np.flatnonzero(t.frames["flags"][2048:2304] & lib.SY_FF_AGED)
+    assert len(t.step(lib.SY_OP_MIGRATE)) == 0 < len(hot)
+    t.touch(hot)
+    asked = t.step(lib.SY_OP_MIGRATE)
+    assert np.count_nonzero(asked < 2048) == np.count_nonzero(asked >= 2048) == 10  # half of what is free
 
 
 def test_hot_pages_come_up_and_cold_ones_go_down(enclave: Enclave, compiled: Callable[[str], Path]) -> None:

@@ -85,13 +85,13 @@ class MigrationPolicy(BasePolicy):
             self.going = 0
         return max(0, BATCH - max(0, self.going))
 
-    def move(self, pfns: NDArray[np.int64], node: int, most: int = BATCH) -> int:
-        """Has pages brought to a node, at most ``most``, the first of ``pfns``; number that was asked for."""
+    def move(self, pfns: NDArray[np.int64], node: int, most: int = BATCH, order: int = lib.SY_HUGE_ORDER) -> int:
+        """Has pages brought to a node, at most ``most``, the first of ``pfns``, in blocks of ``order`` at most; number that was asked for."""
         pfns = np.sort(self.movable(pfns)[: max(0, min(most, self.may_move(), self.room(node)))])
         pfns = pfns[self.frames["node"][pfns] != node]
         if len(pfns):
-            for order, blocks in alike_blocks(self.frames, pfns, lib.SY_HUGE_ORDER):
-                self.txn.add(lib.SY_OP_MIGRATE, blocks, order, arg=node)
+            for n, blocks in alike_blocks(self.frames, pfns, order):
+                self.txn.add(lib.SY_OP_MIGRATE, blocks, n, arg=node)
             self.going += len(pfns)
             self.answer_by = self.now() + 2.0
         return len(pfns)

@@ -2,7 +2,8 @@
 Linux's demotion_enabled and numa_balancing=2). Node 0 is the fast one.
 
 Pages of the slower nodes are taken from sight, a part at a time: one that is touched again within a second is hot (Linux's hot threshold). Of the fast node they
-are only when it is short: one that is not touched for a while is cold. So nothing is paid for what stays where it is."""
+are only when it is short, and until enough are known to be cold: those that are not touched for a while. So nothing is paid for what stays where it is. (The touches that this
+costs are the program's time: if all were taken from sight again and again, it could be so slow that what it always uses looks cold.)"""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ class Policy(MigrationPolicy):
 
     def room(self, node: int) -> int:
         mark = self.header.watermark[node]
-        return max(0, int(mark.free) - int(mark.high) * (1 if node == FAST else 2))
+        return max(self.squeeze(node), int(mark.free) - int(mark.high) * (1 if node == FAST else 2))
+
+    def squeeze(self, node: int) -> int:
+        """Where all nodes are full, hot and cold pages still change places, by way of half of what is free: no node has less afterwards."""
+        return min(int(self.header.watermark[node].free) // 2, len(self.hot))
 
     def _age(self, pfns: NDArray[np.int64], fast: bool) -> None:
         """The next of ``pfns``, round and round."""
@@ -51,6 +56,10 @@ class Policy(MigrationPolicy):
         some = pfns[at : at + SCAN]
         self.cursor[fast] = int(some[-1]) + 1 if len(some) == SCAN else 0
         self.txn.add(lib.SY_OP_AGE, some, 0)
+
+    def _bring(self, pfns: NDArray[np.int64], node: int, most: int) -> int:
+        """Page by page where little is free: there may be no block."""
+        return self.move(pfns, node, most, 0 if self.room(node) == self.squeeze(node) else lib.SY_HUGE_ORDER)
 
     def step(self) -> None:
         if self.asleep():
@@ -64,11 +73,12 @@ class Policy(MigrationPolicy):
         if need > 0:
             cold = ours[fast & ~seen]
             cold = cold[self.now() - self.aged[cold] > COLD_AFTER]
-            cold = cold[np.argsort(self.aged[cold], kind="stable")]
+            cold = self.movable(cold[np.argsort(self.aged[cold], kind="stable")])
+            if len(cold) < need:
+                self._age(ours[fast & seen], True)
             for node in range(1, len(self.nodes)):
-                need -= self.move(cold, node, need)
-            self._age(ours[fast & seen], True)
-        self.hot = self.hot[self.move(self.hot, FAST) :]
+                need -= self._bring(cold, node, need)
+        self.hot = self.hot[self._bring(self.hot, FAST, len(self.hot)) :]
         self._age(ours[~fast & seen], False)
 
     def dump(self) -> dict[str, Any]:

@@ -488,9 +488,11 @@ static int all_wait(struct sy_gateway *g, int for_good) {
   for (uint32_t i = 0; i < s->hdr->top; i++) {
     struct sy_task *t = &s->task[i];
     if (!t->gtid || !(t->flags & (SY_TF_TOUCHED | SY_TF_CHOSEN))) continue;
-    n += (t->flags & SY_TF_CHOSEN) != 0;
+    int was = (t->flags & SY_TF_CHOSEN) != 0;
+    n += was;
     not_chosen(g, t), no_linger(s, t);
     own_again(t);
+    if (was && !for_good && t->flags & SY_TF_RUNNABLE) say_task(g, SY_MSG_TASK_PREEMPT, t, 1); /* (for one that was only late) */
     if (!for_good && real_time(t->own_policy)) t->flags |= SY_TF_TOUCHED; /* its own priority, until sched is back */
   }
   return n;

@@ -30,12 +30,14 @@ BUILD = ROOT / "build" / "vm"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 NODE_MIB = 1536
 DISTANCE = 26  # of the two nodes: none that anybody assumes
+# Not what came with x86-64-v3: QEMU 7.2 emulates it for the first time, and NumPy's argsort, which uses it, gave wrong results.
+CPU = "max,-avx,-avx2,-bmi1,-bmi2,-f16c,-fma"
 SLOW = 10  # the emulated machine beside a real one; tests wait so much longer
 LIMIT = float(os.environ.get("SYLVIE_VM_LIMIT", 900))  # seconds for everything in the machine
 
 # What is run there: the real topology, and the core on it.
 TESTS = [
-    # (not test_hot_pages_come_to_the_fast_node, nor thp's mapped_by_huge_entries: ten times slower, they reach their ends now and then only)
+    # (not yet test_hot_pages_come_to_the_fast_node, nor thp's mapped_by_huge_entries: what kept them from their ends is mended, but they have run too seldom since)
     "tests/test_numa.py::test_the_kernels_topology_is_shown",
     "tests/test_numa.py::test_each_nodes_ram_is_its_own",
     "tests/test_numa.py::test_pages_come_to_the_cpu_that_touches_them",
@@ -250,7 +252,7 @@ def boot(vmlinuz: Path, initramfs: Path) -> int:
         raise Missing("qemu-system-x86_64 is not installed: tools/system-packages vm")
     status = BUILD / "status"
     status.write_text("")
-    command = [qemu, "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+    command = [qemu, "-nodefaults", "-no-reboot", "-display", "none", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", "2",
                "-m", f"{2 * NODE_MIB}M", "-serial", "stdio", "-serial", f"file:{status}", "-kernel", str(vmlinuz), "-initrd", str(initramfs)]  # fmt: skip
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size={NODE_MIB}M", "-numa", f"node,nodeid={node},cpus={node},memdev=m{node}"]
