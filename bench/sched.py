@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing as mp
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import zmq
 from rich.progress import track
 
@@ -82,12 +84,21 @@ class Side:
         out = subprocess.run([*self.bench.cli, "sched", "status", "--json"], capture_output=True, text=True, check=True, timeout=60).stdout
         return {name: int(value) for name, value in json.loads(out)["counters"].items()}
 
+    def status(self) -> tuple[dict[str, Any], int]:
+        """Of sched, and the gateway's pid."""
+        with Control(self.bench.run_dir, 60) as control:
+            answer = control.request({"t": "status"})
+        return next(c for c in answer["components"] if c["name"] == "sched"), int(answer["pid"])
+
     def dump(self) -> dict[str, Any]:
         """What the policy says of itself, with the next heartbeat but one."""
         time.sleep(1.2)
-        with Control(self.bench.run_dir, 60) as control:
-            components = control.request({"t": "status"})["components"]
-        return dict(next(c for c in components if c["name"] == "sched")["dump"])
+        return dict(self.status()[0]["dump"])
+
+    def cpu(self) -> float:
+        """Seconds that sched and the gateway have used so far."""
+        component, gateway = self.status()
+        return sum(t.user + t.system for t in (psutil.Process(pid).cpu_times() for pid in (component["pid"], gateway)))
 
 
 # ---- a dispersive load
@@ -146,10 +157,14 @@ def once(programs: dict[str, Path], managed: Managed, beside: str, ours: bool, l
     return {"beside": beside, "ours": ours, "seed": seed} | json.loads(out)
 
 
-def dispersive(programs: dict[str, Path], managed: Managed, loads: Sequence[float], seconds: float, rounds: int) -> list[dict[str, Any]]:
+def dispersive(programs: dict[str, Path], side: Side, loads: Sequence[float], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """All runs; those of one round have the same arrivals at the same load."""
-    what = [(r, load, beside, ours) for r in range(rounds) for load in loads for beside, ours in RUNS]
-    return [once(programs, managed, beside, ours, load, seconds, 1 + r) for r, load, beside, ours in track(what, "dispersive load", transient=True)]
+    runs = []
+    for r, load, (beside, ours) in track([*itertools.product(range(rounds), loads, RUNS)], "dispersive load", transient=True):
+        used, began = side.cpu(), time.monotonic()
+        run = once(programs, side.managed, beside, ours, load, seconds, 1 + r)
+        runs.append(run | {"own_cpu": (side.cpu() - used) / (time.monotonic() - began)})
+    return runs
 
 
 def points(runs: Sequence[dict[str, Any]]) -> list[Point]:
@@ -163,7 +178,7 @@ def points(runs: Sequence[dict[str, Any]]) -> list[Point]:
         for kind in ("short", "long"):
             for q in ("p50", "p99", "p999"):
                 p.value[f"{kind}_{q}"] = statistics.median(math.inf if r[kind][q] is None else r[kind][q] for r in of)
-        for name in ("drops", "unfinished", "iterations", "late_p99"):
+        for name in ("drops", "unfinished", "iterations", "late_p99", "own_cpu"):
             p.value[name] = statistics.median(math.inf if r[name] is None else r[name] for r in of)
         p.value["overhead"] = statistics.median(r["cpu_ms"] / r["work_ms"] if r["work_ms"] else math.nan for r in of)
         result.append(p)
@@ -187,7 +202,7 @@ def ratio(ours: float, native: float) -> float:
 
 def markdown(found: Sequence[Point]) -> str:
     """The table, for people and for docs."""
-    head = ("short requests, ms", "load", "p50 native", "sched", "p99 native", "sched", "ratio", "p99.9 native", "sched", "p99 of long ones, ratio", "batch, ratio", "CPU per work", "not served", "sent late, p99")
+    head = ("short requests, ms", "load", "p50 native", "sched", "p99 native", "sched", "ratio", "p99.9 native", "sched", "p99 of long ones, ratio", "batch, ratio", "CPU used, of work asked for", "CPUs of sched and gateway", "not served", "sent late, p99")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for n, p in pairs(found):
         cells = [p.beside, f"{p.load:g}"]
@@ -197,6 +212,7 @@ def markdown(found: Sequence[Point]) -> str:
         cells.append(_number(ratio(p.of("long_p99"), n.of("long_p99"))))
         cells.append("" if p.beside == ALONE else _number(ratio(p.of("iterations"), n.of("iterations"))))
         cells.append(f"{_number(n.of('overhead'))} / {_number(p.of('overhead'))}")
+        cells.append(_number(p.of("own_cpu")))
         cells.append(" / ".join(f"{x.of('drops') + x.of('unfinished'):g}" for x in (n, p)))
         cells.append(" / ".join(_number(x.of("late_p99")) for x in (n, p)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -354,7 +370,7 @@ def measure(bench: Bench, policy: str = POLICY, loads: Sequence[float] = LOADS, 
     programs, side = compiled(bench.run_dir.parent), Side(bench)
     side.up(policy)
     try:
-        runs = dispersive(programs, side.managed, loads, seconds, rounds)
+        runs = dispersive(programs, side, loads, seconds, rounds)
         report(runs)
         return [*lines_of(points(runs)), *latencies(programs, side, seconds), *sustained(programs, side, seconds)]
     finally:
