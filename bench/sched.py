@@ -196,8 +196,10 @@ BESIDE = {ALONE: 0, UNKNOWN: 1, KNOWN: 2}
 
 
 def ratio(ours: float, native: float) -> float:
-    """Endless, or not to be told, if either was not measured."""
-    return ours / native if native and math.isfinite(native) else math.nan
+    """0 beside what natively has no end; nothing can be said of two that have none, or of what was not measured."""
+    if math.isinf(native):
+        return 0.0 if math.isfinite(ours) else math.nan
+    return ours / native if native else math.nan
 
 
 def markdown(found: Sequence[Point]) -> str:

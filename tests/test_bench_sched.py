@@ -132,6 +132,11 @@ def test_bounds_of_recorded_runs() -> None:
     assert next(r for r in rows if "0.9, alone" in r.what).ratio == math.inf
 
 
+def test_ratios_of_what_has_no_end() -> None:
+    assert sched.ratio(3.0, math.inf) == 0 and sched.ratio(math.inf, 3.0) == math.inf
+    assert math.isnan(sched.ratio(math.inf, math.inf)) and math.isnan(sched.ratio(1.0, math.nan)) and math.isnan(sched.ratio(1.0, 0.0))
+
+
 def test_plots_of_recorded_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sched.report(RECORDED, tmp_path)
     plot = capsys.readouterr().out
