@@ -94,6 +94,36 @@ def access_information(root: Path = Path("/")) -> list[Finding]:
     return out
 
 
+def tracepoints() -> Finding:
+    """Whether sched can read what the kernel's own scheduler does."""
+    try:
+        from kernel.providers.linux_sched import tracepoints as found
+    except ImportError:  # the C parts are not built
+        return Finding("tracepoints", None, "not looked for", "make setup")
+    try:
+        calls = found().ncalls
+    except OSError as e:
+        return Finding("tracepoints", None, e.strerror or str(e), "without them sched has no threads")
+    if not calls:
+        return Finding("tracepoints", True, "of sched; none of system calls", "CONFIG_FTRACE_SYSCALLS: without it TASK_YIELD is never sent")
+    return Finding("tracepoints", True, "of sched and system calls")
+
+
+def real_time(root: Path = Path("/")) -> Finding:
+    """Whether SCHED_FIFO may be used here, and what it leaves to others. With CONFIG_RT_GROUP_SCHED a cgroup (v1) has its own share, which is 0 unless somebody gave it some:
+    SCHED_FIFO is EPERM there, also for root (Documentation/scheduler/sched-rt-group.rst)."""
+    groups = _read(str(root / "proc/self/cgroup")) or ""
+    mine = next((line.split(":", 2)[2] for line in groups.splitlines() if "cpu" in line.split(":", 2)[1].split(",")), None)
+    for at in ("cpu", "cpu,cpuacct", "cpuacct,cpu") if mine is not None else ():
+        share = _read(f"{root}/sys/fs/cgroup/{at}{mine}/cpu.rt_runtime_us")
+        if share is not None and int(share) == 0:
+            return Finding("real-time priorities", None, f"cpu.rt_runtime_us of {mine} is 0", f"sched, and service threads, need some: echo 950000 > /sys/fs/cgroup/{at}{mine}/cpu.rt_runtime_us")
+    runtime, period = (int(_read(f"{root}/proc/sys/kernel/sched_rt_{name}_us") or default) for name, default in (("runtime", -1), ("period", 1_000_000)))
+    if runtime < 0:
+        return Finding("real-time priorities", True, "not limited", "sysctl kernel.sched_rt_runtime_us=950000: or a thread that sched chose, and that never stops, can lock everybody out")
+    return Finding("real-time priorities", True, f"may have {100 * runtime // period} % of a CPU, the rest is for others")
+
+
 def ghost(root: Path = Path("/")) -> Finding:
     """Whether the kernel is ghOSt's, and of a version that Sylvie speaks."""
     from kernel.providers.ghost import fs
@@ -202,9 +232,8 @@ def findings() -> list[Finding]:
 
     out.extend(access_information())
     optional("pressure (PSI)", "/proc/pressure/memory", "boot with psi=1")
-    optional(
-        "tracepoints", "/sys/kernel/tracing/events/sched", "mount -t tracefs tracefs /sys/kernel/tracing (as root)"
-    )
+    out.append(tracepoints())
+    out.append(real_time())
     out.append(ghost())
     optional("cgroup memory controller", "/sys/fs/cgroup/memory", "only needed to measure against native limits")
     from kernel.host import Host

@@ -515,3 +515,23 @@ def test_offsets() -> None:
     text = "\tfield:char prev_comm[16];\toffset:8;\tsize:16;\tsigned:0;\n\tfield:pid_t prev_pid;\toffset:24;\tsize:4;\n\tfield:__data_loc char[] x;\toffset:28;\tsize:4;"
     assert linux_sched.offsets(text) == {"prev_comm": 8, "prev_pid": 24, "x": 28}
 
+
+
+def test_doctor_looks_at_what_real_time_priorities_may_have(tmp_path: Path) -> None:
+    from sylvie.doctor import real_time, tracepoints
+
+    def put(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    put("proc/self/cgroup", "3:cpu,cpuacct:/some/where\n0::/\n")
+    put("proc/sys/kernel/sched_rt_runtime_us", "950000\n")
+    put("proc/sys/kernel/sched_rt_period_us", "1000000\n")
+    put("sys/fs/cgroup/cpu,cpuacct/some/where/cpu.rt_runtime_us", "0\n")
+    found = real_time(tmp_path)
+    assert found.ok is None and "/some/where" in found.found and "echo 950000 > /sys/fs/cgroup/cpu,cpuacct/some/where/cpu.rt_runtime_us" in found.advice
+    put("sys/fs/cgroup/cpu,cpuacct/some/where/cpu.rt_runtime_us", "10000\n")
+    assert real_time(tmp_path).ok and "95 %" in real_time(tmp_path).found
+    put("proc/sys/kernel/sched_rt_runtime_us", "-1\n")
+    assert "not limited" in real_time(tmp_path).found and "sched_rt_runtime_us" in real_time(tmp_path).advice
+    assert real_time().ok and tracepoints().ok, "this machine has both"
