@@ -362,8 +362,18 @@ def sustained(programs: dict[str, Path], side: Side, seconds: float) -> list[Lin
             (f"wake-ups over pipes, {n} pairs, {policy}", "1/s", native, ours, ratio(ours, native), ""),
             (f"… messages ({more['lost']} records lost, {gaps} gaps, {more['resyncs']} resyncs, {more['fallbacks']} fallbacks)", "1/s", None, more["messages"] / seconds if not lost else 0.0, None, ""),
         ]
-        if more["runs"]:
+        if more["runs"] + more["refused"]:
             lines.append((f"… RUNs ({more['refused']} refused: too late)", "1/s", None, more["runs"] / seconds, None, ""))
+    # Reading what the kernel's scheduler does is not free for programs that are none of sched's business.
+    cmd = [str(programs["wakes"]), f"{seconds:g}", "pipe", "8"]
+    alone = wakes(cmd)
+    read = side.counters()["records"]
+    with batch(programs["batch"], side.managed, 1):
+        beside_ours = wakes(cmd)
+    with batch(programs["batch"], natively, 1):
+        beside = wakes(cmd)
+    read = side.counters()["records"] - read
+    lines.append((f"wake-ups of a program that sched does not have, beside one that it has ({read / seconds:,.0f} records/s; alone {alone:,.0f})", "1/s", beside, beside_ours, ratio(beside_ours, beside), ""))
     return lines
 
 
