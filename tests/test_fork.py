@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, bring_up, module_enclave_of, take_down, wait_for
 from test_swap import lost_nothing, tables, waiting
 from test_thp import Huge
 from test_together import TURNS, disturb
@@ -47,19 +47,10 @@ if pid: assert os.waitpid(pid, 0)[1] == 0
 """
 
 
-@pytest.fixture(scope="module")
-def module_enclave(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "fk", "--ram", f"{RAM}M", "--swap", "512M")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(module_enclave: Enclave) -> Iterator[Enclave]:
-    yield module_enclave
-    s = module_enclave.idle(30)
-    module_enclave.check()
-    assert s["swap"]["used"] == 0 and s["frames"]["shared"] == s["frames"]["mapped"] == 0
+module_enclave, enclave = module_enclave_of(
+    "fk", "--ram", f"{RAM}M", "--swap", "512M", patience=30,
+    sound=lambda s: s["swap"]["used"] == 0 and s["frames"]["shared"] == s["frames"]["mapped"] == 0,
+)  # fmt: skip
 
 
 def family(e: Enclave, mib: int, *args: str) -> subprocess.Popen[str]:

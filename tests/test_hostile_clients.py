@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, bring_up, module_enclave_of, take_down, wait_for
 from test_failures import finished, load
 from test_swap import as_kswapd, tables
 
@@ -66,11 +66,7 @@ def memfd(size: int, flags: int = 0) -> int:
     return fd
 
 
-@pytest.fixture(scope="module")
-def besieged(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "h", "--ram", "512M")
-    yield e
-    take_down(e)
+besieged = module_enclave_of("h", "--ram", "512M")[0]
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import os
 import platform
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from numpy.typing import NDArray
 from test_autonuma import Piece, placed
 from test_swap import tables
@@ -33,19 +33,8 @@ PAGE = 4096
 FLOOR = platform.release().startswith("6.1.")
 
 
-@pytest.fixture(scope="module")
-def two_nodes(root_dir: Path) -> Iterator[Enclave]:
-    """As many nodes as the machine has, unasked."""
-    e = bring_up(root_dir / "nm", "--ram", f"{2 * HALF}M", "--heat-cpu", "20%")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(two_nodes: Enclave) -> Iterator[Enclave]:
-    yield two_nodes
-    two_nodes.idle()
-    two_nodes.check()
+# As many nodes as the machine has, unasked.
+module_enclave, enclave = module_enclave_of("nm", "--ram", f"{2 * HALF}M", "--heat-cpu", "20%")
 
 
 # ---- three of the kernel's accounts ----

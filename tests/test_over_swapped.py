@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 
 from bus.client import Control
 from bus.runtime import fetch_tables
@@ -58,29 +57,15 @@ class Kswapd:
         wait_for(lambda: self.swapped_out() > before, 10, "the page does not leave")
 
 
-@pytest.fixture(scope="module")
-def store(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "ov", "--ram", "64M", "--swap", "64M")
-    try:
-        conf = ["-c", str(e.run_dir / "supervisord.conf"), "stop", "kswapd", "thp"]  # what leaves and what comes back is ours to say
-        supervisorctl = Path(sys.executable).with_name("supervisorctl")
-        subprocess.run([supervisorctl, *conf], check=True, timeout=30, capture_output=True)
-        yield e
-    finally:
-        take_down(e)
+# What leaves and what comes back is ours to say.
+module_enclave, enclave = module_enclave_of(
+    "ov", "--ram", "64M", "--swap", "64M", prepare=lambda e: e.supervisorctl("stop", "kswapd", "thp"), sound=lambda s: s["swap"]["used"] == 0
+)
 
 
 @pytest.fixture(scope="module")
-def kswapd(store: Enclave) -> Kswapd:
-    return Kswapd(store)
-
-
-@pytest.fixture
-def enclave(store: Enclave) -> Iterator[Enclave]:
-    yield store
-    s = store.idle()
-    store.check()
-    assert s["swap"]["used"] == 0
+def kswapd(module_enclave: Enclave) -> Kswapd:
+    return Kswapd(module_enclave)
 
 
 def native(cmd: list[Any], times: int) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, Enclave, bring_up, take_down, wait_for
+from conftest import PROGRAMS, Enclave, bring_up, module_enclave_of, take_down, wait_for
 from numpy.typing import ArrayLike
 
 from bus.client import Control
@@ -30,20 +30,7 @@ POLICIES = ["clock", "mglru", "mru", "random", "superfetch", "two_list"]  # in t
 LARGE = 80  # MiB, in 48 MiB of RAM
 
 
-@pytest.fixture(scope="module")
-def small(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "sw", "--ram", "48M", "--swap", "256M")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(small: Enclave) -> Iterator[Enclave]:
-    """With nothing in its store at the end."""
-    yield small
-    s = small.idle()
-    small.check()
-    assert s["swap"]["used"] == 0
+module_enclave, enclave = module_enclave_of("sw", "--ram", "48M", "--swap", "256M", sound=lambda s: s["swap"]["used"] == 0)
 
 
 def tables(e: Enclave) -> Tables:
