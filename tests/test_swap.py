@@ -104,6 +104,18 @@ def larger_than_memory(what: str, mib: int, directory: Path) -> list[str]:
     }[what]  # fmt: skip
 
 
+def test_arguments_of_calls_past_libc(root_dir: Path, compiled: Callable[[str], Path]) -> None:
+    """Who looks at them is who makes room: it does not wait for a frame to see those that are in the store."""
+    e = bring_up(root_dir / "swp", "--ram", "48M", "--swap", "256M")
+    try:
+        done = e.run([compiled("rare"), "arguments_away"], timeout=60)
+        assert (done.stdout, done.returncode) == ("wrong: 0 0 0 0\n", 0), done
+        assert e.idle()["counters"]["oom_kills"] == 0
+        e.check()
+    finally:
+        take_down(e)
+
+
 @pytest.mark.parametrize("what", ["redis", "sqlite"])
 def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None:
     """All five policies in turn, and restarts, under a program of twice the memory. For longer, and memtester, in test_soak.py."""
