@@ -134,6 +134,7 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
     if (f->flags & SY_FF_SHARING) return SY_R_BUSY;
     if (to != op->pfn && (t->state != SY_FRAME_SHARED || t->asid)) return SY_R_STALE; /* (what a fork shares is not there to stay) */
     if (to != op->pfn && t->refcount >= SY_MAX_SHARING) return SY_R_FULL;
+    if (to != op->pfn && holder_of(g, a, to + i, f->vpage)) return SY_R_STALE; /* it left that frame, and what said so was lost: see resync_shared */
   }
   if (a->moving + n > 4 * MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   for (uint32_t i = 0; i < n; i++) {
