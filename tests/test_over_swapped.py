@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import mmap
 import os
+import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +171,35 @@ def test_seen_from_outside(enclave: Enclave, kswapd: Kswapd, compiled: Compiled)
     finally:
         p.kill()
         p.wait(10)
+
+
+def test_written_from_outside_while_it_leaves(enclave: Enclave, kswapd: Kswapd, compiled: Compiled) -> None:
+    """process_vm_writev has found the page and waits for what it is to write there: that comes too late (docs/limits.md)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    source = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    local = ctypes.addressof(ctypes.c_char.from_buffer(source))
+    uffd = libc.syscall(323, os.O_CLOEXEC)
+    fcntl.ioctl(uffd, 0xC018AA3F, struct.pack("QQQ", 0xAA, 0, 0))  # UFFDIO_API
+    fcntl.ioctl(uffd, 0xC020AA00, bytearray(struct.pack("QQQQ", local, 4096, 1, 0)))  # UFFDIO_REGISTER, missing pages
+    p = enclave.popen([compiled("over_swapped"), "looked_at"], stdin=subprocess.PIPE)
+    try:
+        assert p.stdin and p.stdout
+        at, wrote = int(p.stdout.readline(), 16), []
+        here, there = (ctypes.c_size_t * 2)(local, 6), (ctypes.c_size_t * 2)(at, 6)
+        writer = threading.Thread(target=lambda: wrote.append(libc.process_vm_writev(p.pid, here, 1, there, 1, 0)))
+        writer.start()
+        assert os.read(uffd, 32)  # it waits
+        kswapd.take(p.pid, at)
+        late = mmap.mmap(-1, 4096)
+        late[:6] = b"update"
+        fcntl.ioctl(uffd, 0xC028AA03, bytearray(struct.pack("QQQQq", local, ctypes.addressof(ctypes.c_char.from_buffer(late)), 4096, 0, 0)))  # UFFDIO_COPY
+        writer.join(10)
+        assert wrote == [6] and by_readv(p.pid, at) == b"page 0"
+        p.stdin.write("\n")
+        p.stdin.flush()
+        assert int(p.stdout.readline(), 16) == at
+        assert lines(p.communicate("\n", timeout=20)[0]) == ["page 0, page 1, page 2"]
+    finally:
+        p.kill()
+        p.wait(10)
+        os.close(uffd)
