@@ -304,6 +304,7 @@ def test_more_mappings_than_the_kernel_allows(enclave: Enclave, compiled: Compil
         p.wait(10)
 
 
+@pytest.mark.alone
 def test_shared_pages_at_that_limit(enclave: Enclave, compiled: Compiled) -> None:
     """A child drops some that it may only read, and which can have no mapping of their own: they are zeros, the others are as they were."""
     limit = Path("/proc/sys/vm/max_map_count")
