@@ -119,6 +119,7 @@ def test_pages_come_to_the_cpu_that_touches_them(enclave: Enclave, compiled: Cal
         before = [by_pagemap(p) for p in pieces]
         wait_for(lambda: pieces[0](0) > 0.9 and pieces[1](1) > 0.9, 60, "they do not come")
         wait_for(lambda: is_on(pieces[0], 0) and is_on(pieces[1], 1), 30, "the kernel does not say what the frame table says")
+        # Of 3,072 pages half begin on the wrong node; but the first have come before the first look, and who is out of sight at either look does not count.
         assert sum(moved(b, by_pagemap(p)) for b, p in zip(before, pieces, strict=True)) > 100
 
 

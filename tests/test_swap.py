@@ -136,6 +136,7 @@ def test_larger_than_memory(enclave: Enclave, what: str, tmp_path: Path) -> None
         enclave.cli("swap", "kswapd", POLICIES[-1])
     out = p.communicate(timeout=60)[0]
     assert (p.returncode, out) == (0, native)
+    # One of each kind at least; how many more there is time for depends on the machine, and on what else it does.
     assert enclave.status()["counters"]["swapped_in"] > before + 4000 and turn >= 2
 
 
