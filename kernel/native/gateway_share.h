@@ -186,6 +186,15 @@ static void resync_shared(struct sy_gateway *g, struct as *a, int look) {
 }
 static void bury_shared(struct sy_gateway *g, struct as *a) {
   struct sy_msg t = {0};
+  /* Its page table says where they are, as a rule; one of a liar, or after lost messages, does not: then every frame is looked at. */
+  for (uint32_t p = 0; a->shared && p < SY_ARENA_PAGES; p++) {
+    if (!a->chunks[p / SY_CHUNK_PAGES]) {
+      p |= SY_CHUNK_PAGES - 1;
+      continue;
+    }
+    uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && pfn < g->nframes && shares(g, a, (uint32_t)pfn, p)) drop_share(g, a, (uint32_t)pfn, p, &t);
+  }
   for (uint32_t f = 0; a->shared && f < g->nframes; f++)
     while (g->frames[f].state == SY_FRAME_SHARED) {
       uint32_t h = g->share_head[f];
