@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import bus_bench, swap_bench
+from bench import bus_bench, sched, swap_bench
 from bus.runtime import fetch_tables
 from kernel.abi import lib
 from sylvie.life import control
@@ -60,13 +60,14 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self.run_dir = directory / "run"
+        self.cli: list[str | Path] = [SYLVIE, "--run-dir", self.run_dir]
         self.memory = directory / "memory"
         subprocess.run(
             ["gcc", "-O2", "-Wall", "-o", self.memory, HERE / "programs" / "memory.c", "-lpthread"], check=True
         )
 
     def sylvie(self, *args: str) -> None:
-        subprocess.run([SYLVIE, "--run-dir", self.run_dir, *args], check=True, stdout=subprocess.DEVNULL, timeout=300)
+        subprocess.run([*self.cli, *args], check=True, stdout=subprocess.DEVNULL, timeout=300)
 
     def up(self, ram: str, *options: str) -> float:
         """Seconds from `sylvie up` to ready."""
@@ -449,7 +450,7 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     """0 when everything could be measured."""
-    own = ["together", "swap", "life"]  # these bring their own enclaves up
+    own = ["together", "swap", "sched", "life"]  # these bring their own enclaves up
     wanted = sys.argv[1:] or [*SUITES, *own]
     if unknown := [w for w in wanted if w not in SUITES and w not in own]:
         print(f"unknown: {', '.join(unknown)}; choose from {', '.join([*SUITES, *own])}", file=sys.stderr)
@@ -478,6 +479,8 @@ def main() -> int:
             if "swap" in wanted:
                 found = swap_bench.measure(b.run_dir, lambda c: b.managed(c, swap_bench.MEMORY << 8), b.sylvie)
                 rows += [Row(*line) for line in found]
+            if "sched" in wanted:
+                rows += [Row(*line) for line in sched.measure(b)]
             if "life" in wanted:
                 rows += life(b)
         finally:
