@@ -343,3 +343,39 @@ class Life(RuleBasedStateMachine):
 def test_random_lives(name: str) -> None:
     life = type("Life", (Life,), {"name": name})
     run_state_machine_as_test(life, settings=settings(max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)))
+
+
+def test_kswapd_spares_programs_that_run() -> None:
+    """What sched knows decides which frames leave: those of the program that sleeps, though they are the youngest."""
+    from bus.policy import Transaction
+    from components.kswapd import spare_running, two_list
+
+    frames = np.zeros(400, FRAME_DTYPE)
+    frames["state"] = lib.SY_FRAME_MAPPED
+    frames["asid"][:200], frames["asid"][200:] = 1, 2
+    m = Machine(2)
+    m.start([(FOREVER, 0)], asid=1)
+    m.start([(1, FOREVER), (1, 0)], asid=2)
+    third = m.start([(0.5, FOREVER), (1, 0)], asid=2)
+    for _ in range(7000):
+        m.step()
+        m.said.clear()
+    left = {}
+    for kind in (two_list.Policy, spare_running.Policy):
+        p: Any = kind(frames, m.header, [(0, 400)], Transaction(frames), lambda: m.ns / 1e9)
+        p.tasks, p.sched = m.tasks, m.sched
+        p.rebuild()
+        p.arrived(np.arange(200))
+        p.arrived(np.arange(200, 400))
+        victims = p.victims(np.arange(400), 100, True)
+        left[kind] = np.bincount(frames["asid"][victims], minlength=3)
+    assert left[two_list.Policy].tolist() == [0, 100, 0], "the oldest"
+    assert left[spare_running.Policy].tolist() == [0, 0, 100], "the sleeper's"
+    assert spare_running.Policy.tunables["idle_s"].default < 1.5
+    # one of its threads runs again: it does not sleep
+    m.threads[third].wakes = m.ns
+    for _ in range(5):
+        m.step()
+    p.tasks, p.sched = m.tasks, m.sched
+    assert p.sleeping().tolist() == []
+    assert len(p.victims(np.arange(400), 100, True)) == 100
