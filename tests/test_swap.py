@@ -26,7 +26,7 @@ from bus.runtime import fetch_tables
 from bus.tables import Tables
 from kernel.abi import OP_DTYPE, lib, names
 
-POLICIES = ["clock", "mglru", "mru", "random", "superfetch", "two_list"]  # in this order: the default is there again at the end
+POLICIES = ["clock", "mglru", "mru", "random", "spare_running", "superfetch", "two_list"]  # in this order: the default is there again at the end
 LARGE = 80  # MiB, in 48 MiB of RAM
 
 
