@@ -22,6 +22,7 @@ from sylvie.life import ROOT, control
 out = Console(highlight=False)
 SYLVIE = Path(sys.executable).with_name("sylvie")
 PROGRAM = [sys.executable, str(ROOT / "tests" / "programs" / "work.py")]
+RELAY = ROOT / "tests" / "programs" / "relay.py"
 PIPELINE = ["bash", "-c", "seq 200000 | sort -R --random-source=/usr/bin/env | sha256sum; echo $((6 * 7)) | tr 4 5"]
 LONG = [
     sys.executable,
@@ -95,6 +96,31 @@ def kill_buddy_under(run_dir: Path) -> bool:
     return program.returncode == 0
 
 
+def schedule(run_dir: Path) -> bool:
+    """Threads that hand work to one another, scheduled; the policy is swapped and sched killed under them."""
+    if problem := control(run_dir, {"t": "sched"})["problem"]:
+        out.print(f"\nNo threads can be scheduled here: {problem}", soft_wrap=True, markup=False)
+        return True
+    out.print("\n[bold]Threads, scheduled; and sched is swapped and killed under them[/]")
+    program = subprocess.Popen(
+        [SYLVIE, "--run-dir", run_dir, "run", "--sched", "--", sys.executable, RELAY],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        time.sleep(1.5)
+        sylvie(run_dir, "swap", "sched", "shinjuku")
+        pid = next(c["pid"] for c in control(run_dir, {"t": "status"})["components"] if c["name"] == "sched")
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(1)
+        sylvie(run_dir, "sched", "status")
+        text, _ = program.communicate(timeout=60)
+    finally:
+        program.kill()
+        program.wait(10)
+    out.print(f"  the program: exit status {program.returncode}, {text.strip()}")
+    return program.returncode == 0 and text == "sound True True\n"
+
+
 def simulated(command: list[str], missing: list[str]) -> int:
     """What can be shown without frames: faults of every policy in made traces. 1 if there is a command, which needs frames."""
     out.print(f"On a simulated machine, for this one lacks: {'; '.join(missing)}", soft_wrap=True, markup=False)
@@ -137,6 +163,7 @@ def main() -> int:
             sylvie(run_dir, "swap", "buddy", "next_fit")
             ok &= compare(run_dir, "CPython on next_fit", PROGRAM)
             sylvie(run_dir, "buddyinfo")
+            ok &= schedule(run_dir)
             sylvie(run_dir, "check")
             out.print("[bold green]Nothing was lost.[/]" if ok else "[bold red]Something differs: see above.[/]")
             return 0 if ok else 1

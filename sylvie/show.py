@@ -226,8 +226,11 @@ def check(run_dir: Path, as_json: bool) -> None:
 
 def events(run_dir: Path, topic: str | None, count: int | None, as_json: bool) -> None:
     """Prints events as they come."""
+    import numpy as np
+
     from bus.client import subscribe
     from bus.topics import MESSAGES, TOPICS
+    from kernel.abi import TASK_MSG_DTYPE, lib
 
     if topic is not None and topic.encode() not in TOPICS:
         raise Problem(f"there is no topic {topic}: choose from {', '.join(t.decode() for t in TOPICS)}")
@@ -246,7 +249,12 @@ def events(run_dir: Path, topic: str | None, count: int | None, as_json: bool) -
                     "topic": where.decode(),
                     "type": name.get(int(e["type"]), str(e["type"])),
                 }
-                row |= {k: int(e[k]) for k in ("seqnum", "asid", "pfn", "vpage", "npages", "order", "node", "arg")}
+                if where == b"task":
+                    t = np.array([e]).view(TASK_MSG_DTYPE)[0]
+                    row |= {"tid": int(t["gtid"]) >> lib.SY_GTID_SHIFT}
+                    row |= {k: int(t[k]) for k in ("seqnum", "gtid", "barrier", "cpu", "cpu_seqnum", "last_cpu", "waker_cpu", "runtime", "nice", "runnable")}
+                else:
+                    row |= {k: int(e[k]) for k in ("seqnum", "asid", "pfn", "vpage", "npages", "order", "node", "arg")}
                 print(
                     json.dumps(row)
                     if as_json

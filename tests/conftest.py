@@ -213,6 +213,42 @@ def own_enclave(root_dir: Path, request: pytest.FixtureRequest) -> Iterator[Encl
     take_down(e)
 
 
+def module_enclave_of(
+    name: str,
+    *up: str,
+    prepare: Callable[[Enclave], object] | None = None,
+    started: list[subprocess.Popen[str]] | None = None,
+    patience: float = 10,
+    sound: Callable[[dict[str, Any]], bool] = lambda status: True,
+) -> tuple[Any, Any]:
+    """Two fixtures, to be called ``module_enclave`` and ``enclave``: one for all tests of a module, brought up with these options and prepared; and
+    the same, idle within ``patience`` seconds after every test that used it, with its invariants checked, and its status ``sound``. What is in
+    ``started`` by then is ended."""
+
+    @pytest.fixture(scope="module")
+    def module_enclave(root_dir: Path) -> Iterator[Enclave]:
+        e = bring_up(root_dir / name, *up)
+        try:
+            if prepare:
+                prepare(e)
+            yield e
+        finally:
+            take_down(e)
+
+    @pytest.fixture
+    def enclave(module_enclave: Enclave) -> Iterator[Enclave]:
+        yield module_enclave
+        while started:  # of a test that failed
+            p = started.pop()
+            p.kill()
+            p.wait(10)
+        s = module_enclave.idle(patience)
+        module_enclave.check()
+        assert sound(s), s
+
+    return module_enclave, enclave
+
+
 def compile_program(name: str, target: Path) -> None:
     """tests/programs/NAME.c."""
     subprocess.run(

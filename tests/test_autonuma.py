@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from numpy.typing import NDArray
 from test_swap import tables
 
@@ -28,18 +28,7 @@ from kernel.topology import find, levels, machine_nodes, measure, numbers
 HALF = 64  # MiB a node
 
 
-@pytest.fixture(scope="module")
-def two_nodes(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "nu", "--ram", f"{2 * HALF}M", "--nodes", "2")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(two_nodes: Enclave) -> Iterator[Enclave]:
-    yield two_nodes
-    two_nodes.idle()
-    two_nodes.check()
+module_enclave, enclave = module_enclave_of("nu", "--ram", f"{2 * HALF}M", "--nodes", "2")
 
 
 @dataclass

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 import xmlrpc.client
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, SYLVIE, Enclave, bring_up, take_down, wait_for
+from conftest import ROOT, SYLVIE, Enclave, bring_up, module_enclave_of, take_down, wait_for
 
 from kernel.abi import lib
 from sylvie import life
@@ -36,11 +35,7 @@ def mentioning(path: Path) -> list[str]:
     return [line for line in lines if str(path) in line]
 
 
-@pytest.fixture(scope="module")
-def small(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "c1", "--ram", "64M")
-    yield e
-    take_down(e)
+small = module_enclave_of("c1", "--ram", "64M")[0]
 
 
 # ---- without an enclave ----

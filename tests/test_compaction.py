@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from test_swap import tables
 from test_thp import HUGE, PAGES, in_place_of
 
@@ -24,20 +23,12 @@ from kernel.abi import lib
 RAM = 64  # MiB
 
 
-@pytest.fixture(scope="module")
-def fragmented(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "co", "--ram", f"{RAM}M", "--nodes", "2")
+def by_single_pages(e: Enclave) -> None:
     e.supervisorctl("stop", "thp")  # it would make blocks, too
     e.request(t="fault_order", asid=0, order=0, max_order=0)
-    yield e
-    take_down(e)
 
 
-@pytest.fixture
-def enclave(fragmented: Enclave) -> Iterator[Enclave]:
-    yield fragmented
-    fragmented.idle()
-    fragmented.check()
+module_enclave, enclave = module_enclave_of("co", "--ram", f"{RAM}M", "--nodes", "2", prepare=by_single_pages)
 
 
 def free_huge(e: Enclave) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SYLVIE, Enclave, bring_up, take_down, wait_for
+from conftest import SYLVIE, Enclave, bring_up, module_enclave_of, take_down, wait_for
 from numpy.typing import NDArray
 from test_frames_model import Client, Real
 from test_swap import lost_nothing, natively, swapped, tables, waiting
@@ -41,18 +41,7 @@ while True:
 HOT, COLD = 512, 2048  # pages
 
 
-@pytest.fixture(scope="module")
-def small(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "ht", "--ram", "48M", "--swap", "128M", "--heat-cpu", "10%")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(small: Enclave) -> Iterator[Enclave]:
-    yield small
-    small.idle()
-    small.check()
+module_enclave, enclave = module_enclave_of("ht", "--ram", "48M", "--swap", "128M", "--heat-cpu", "10%")
 
 
 def heat(e: Enclave) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, bring_up, module_enclave_of, take_down, wait_for
 from test_failures import finished, load
 from test_swap import as_kswapd, tables
+from test_thp import in_place_of
 
 from kernel.abi import ffi, lib
 
@@ -66,11 +68,7 @@ def memfd(size: int, flags: int = 0) -> int:
     return fd
 
 
-@pytest.fixture(scope="module")
-def besieged(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "h", "--ram", "512M")
-    yield e
-    take_down(e)
+besieged = module_enclave_of("h", "--ram", "512M")[0]
 
 
 @pytest.fixture
@@ -303,9 +301,9 @@ def bad_stub(e: Enclave, code: str) -> str:
     return done.stdout
 
 
-def bad_stub_running(e: Enclave, code: str) -> subprocess.Popen[bytes]:
+def bad_stub_running(e: Enclave, code: str, **kw: Any) -> subprocess.Popen[bytes]:
     arguments = [sys.executable, "-c", MEMBER + code, hello(lib.SY_HELLO_STUB).hex(), str(e.run_dir / "gateway.sock")]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, **kw)
 
 
 def test_tables_cannot_be_sealed(e: Enclave) -> None:
@@ -402,6 +400,52 @@ time.sleep(60)
             with Raw(e) as raw:
                 raw.say(b"nonsense")
                 assert raw.answer() is None
+            p.kill()
+        e.idle()
+        e.check()
+    finally:
+        take_down(e)
+
+
+def test_a_page_shares_a_frame_once(root_dir: Path) -> None:
+    """The copy that a write made has come, but not what said that the page left the frame: it was lost. The copy must not be merged with that frame."""
+    code = """
+def post(at, **msg):
+    channel.slots[at].msg = msg
+    channel.head = channel.slots[at].turn = at + 1
+word = ffi.cast("uint64_t *", base + lib.SY_AS_PTE_OFF) + 5
+base[lib.SY_AS_CHUNKS_OFF], base[lib.SY_AS_ADVICE_OFF] = b"\\1", bytes([lib.SY_ADVICE_MERGE])
+first, copy = mag.ring[0].slot[0], mag.ring[0].slot[1]
+ctl.mag_head[0] = 2
+ctl.in_hand[0] = copy
+word[0] = first << 12 | lib.SY_PTE_PRESENT
+post(0, type=lib.SY_MSG_PAGE_MAPPED, pfn=first, vpage=5, npages=1)
+print(first, copy, flush=True)
+while mag.cmd_tail == 0:
+    time.sleep(0.01)
+word[0] = first << 12 | lib.SY_PTE_SHARED_RO
+post(1, type=lib.SY_MSG_PAGE_SHARED, pfn=first, vpage=5, npages=1)
+ctl.done[mag.cmd[0].id % 64].result = 1
+ctl.done[mag.cmd[0].id % 64].id = mag.cmd[0].id
+gateway.send(request(kind=lib.SY_REQ_CMD_DONE))
+sys.stdin.readline()
+word[0] = copy << 12 | lib.SY_PTE_PRESENT
+post(2, type=lib.SY_MSG_PAGE_MAPPED, pfn=copy, vpage=5, npages=1)
+sys.stdin.readline()
+"""
+    e = bring_up(root_dir / "hs", "--ram", "64M")
+    try:
+        with in_place_of(e, "ksm") as commit, bad_stub_running(e, code, stdin=subprocess.PIPE) as p:
+            assert p.stdout and p.stdin
+            first, copy = map(int, p.stdout.readline().split())
+            f = tables(e).frames
+            wait_for(lambda: f["flags"][first] & lib.SY_FF_MERGEABLE, 10, "not mapped")
+            assert commit(lib.SY_OP_MERGE, [first], 0, arg=first) == ["COMPLETE"]
+            wait_for(lambda: f["state"][first] == lib.SY_FRAME_SHARED, 10, "not shared")
+            p.stdin.write(b"\n")
+            p.stdin.flush()
+            wait_for(lambda: f["flags"][copy] & lib.SY_FF_MERGEABLE, 10, "no copy")
+            assert commit(lib.SY_OP_MERGE, [copy], 0, arg=first) == ["STALE"] and f["refcount"][first] == 1
             p.kill()
         e.idle()
         e.check()

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from test_swap import tables
 from test_thp import asid_of, in_place_of
 
@@ -26,27 +26,13 @@ RAM = 160  # MiB
 Compiled = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def roomy(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "ks", "--ram", f"{RAM}M", "--swap", "64M")
-    e.supervisorctl("stop", "thp")  # it would make blocks of what is to be taken apart
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(roomy: Enclave) -> Iterator[Enclave]:
-    yield roomy
-    while started:
-        p = started.pop()
-        p.kill()
-        p.wait(10)
-    roomy.idle()
-    roomy.check()
-    assert shares(roomy) == (0, 0)
-
-
 started: list[subprocess.Popen[str]] = []
+module_enclave, enclave = module_enclave_of("ks", "--ram", f"{RAM}M", "--swap", "64M", started=started,
+    prepare=lambda e: e.supervisorctl("stop", "thp"),  # it would make blocks of what is to be taken apart
+    sound=lambda s: s["frames"]["shared"] == 0,
+)  # fmt: skip
+
+
 
 
 def alike(e: Enclave, compiled: Compiled, what: str, mib: int, distinct: int, *options: str) -> subprocess.Popen[str]:

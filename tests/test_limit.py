@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, Enclave, bring_up, take_down, wait_for
+from conftest import PROGRAMS, Enclave, module_enclave_of, wait_for
 from test_swap import lost_nothing, natively, swapped, tables
 
 from kernel.abi import lib
@@ -25,18 +25,7 @@ LIMIT = 20  # MiB
 LARGE = 48  # MiB
 
 
-@pytest.fixture(scope="module")
-def roomy(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "li", "--ram", "192M", "--swap", "256M")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(roomy: Enclave) -> Iterator[Enclave]:
-    yield roomy
-    assert roomy.idle()["limits"] == []
-    roomy.check()
+module_enclave, enclave = module_enclave_of("li", "--ram", "192M", "--swap", "256M", sound=lambda s: s["limits"] == [])
 
 
 def limited(e: Enclave, cmd: list[Any], mib: int = LIMIT) -> list[str]:

@@ -302,3 +302,21 @@ def test_more_mappings_than_the_kernel_allows(enclave: Enclave, compiled: Compil
     finally:
         p.kill()
         p.wait(10)
+
+
+@pytest.mark.alone
+def test_shared_pages_at_that_limit(enclave: Enclave, compiled: Compiled) -> None:
+    """A child drops some that it may only read, and which can have no mapping of their own: they are zeros, the others are as they were."""
+    limit = Path("/proc/sys/vm/max_map_count")
+    p = enclave.popen([compiled("rare"), "shared_at_the_limit"], stdin=subprocess.PIPE)
+    assert p.stdin and p.stdout
+    before = limit.read_text()
+    try:
+        assert p.stdout.readline() == "there\n"
+        limit.write_text("65530")
+        out = p.communicate("\n", timeout=30)[0]
+        assert out == "full: 1, dropped: 0, zeros: 1, others: 1, then 1\nchild 0\n"
+    finally:
+        limit.write_text(before)
+        p.kill()
+        p.wait(10)

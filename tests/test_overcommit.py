@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from conftest import Enclave, bring_up, take_down
+from conftest import Enclave, bring_up, module_enclave_of, take_down
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,19 +21,8 @@ LIMIT = (32 + 16) * 256  # pages
 RW, NORESERVE, MAYMOVE, FIXED, DONTUNMAP = mmap.PROT_READ | mmap.PROT_WRITE, 0x4000, 1, 2, 4
 
 
-@pytest.fixture(scope="module")
-def module_enclave(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "oc", "--ram", "32M", "--swap", "16M")
-    e.request(t="fault_order", asid=0, order=0, max_order=0)  # a touch is a page
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(module_enclave: Enclave) -> Iterator[Enclave]:
-    yield module_enclave
-    module_enclave.idle()
-    module_enclave.check()
+# A touch is a page.
+module_enclave, enclave = module_enclave_of("oc", "--ram", "32M", "--swap", "16M", prepare=lambda e: e.request(t="fault_order", asid=0, order=0, max_order=0))
 
 
 class Commit:

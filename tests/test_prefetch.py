@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
-import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from numpy.typing import NDArray
 from test_swap import lost_nothing, tables, waiting
 
@@ -35,20 +33,8 @@ for line in sys.stdin: print(sum(m[i << 12:i + 1 << 12] != page(i) for i in rang
 PAGES = 2048
 
 
-@pytest.fixture(scope="module")
-def small(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "pf", "--ram", "48M", "--swap", "256M", "--heat-cpu", "0%")
-    e.supervisorctl("stop", "kswapd")  # in whose place the tests commit
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(small: Enclave) -> Iterator[Enclave]:
-    yield small
-    s = small.idle()
-    small.check()
-    assert s["swap"]["used"] == 0
+# The tests commit in kswapd's place.
+module_enclave, enclave = module_enclave_of("pf", "--ram", "48M", "--swap", "256M", "--heat-cpu", "0%", prepare=lambda e: e.supervisorctl("stop", "kswapd"), sound=lambda s: s["swap"]["used"] == 0)
 
 
 class Filled:

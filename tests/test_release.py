@@ -194,7 +194,8 @@ def test_a_release_that_fails_half_way(enclave: Enclave, compiled: Compiled, pie
             if room is None:
                 assert mapped() == 0 and "sylvie-ram" not in Path(f"/proc/{p.pid}/maps").read_text()
             else:
-                # (What its thread touches meanwhile is mapped over memory that the limit counted: room for another piece or two.)
+                # (What its thread touches meanwhile is mapped over memory that the limit counted: room for another piece or two, each with one that the
+                # limit does not count: four more, and what is no piece.)
                 assert (pieces * 2 - 4) * 512 < native() - had < (pieces * 2 + 5) * 512
         assert p.wait(20) == 0
     finally:

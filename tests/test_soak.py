@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from test_failures import another_buddy, buddy_agrees_with_the_table, finished, load
 from test_swap import POLICIES, larger_than_memory
 
@@ -114,11 +114,7 @@ def test_swap_back_and_forth_under_load(sound: Enclave) -> None:
 
 # ---- programs twice as large as RAM (128 MiB), while kswapd is killed, stopped and replaced
 
-@pytest.fixture(scope="module")
-def pressed(root_dir: Path) -> Iterator[Enclave]:
-    e = bring_up(root_dir / "pressed", "--ram", "128M", "--swap", "1G")
-    yield e
-    take_down(e)
+pressed = module_enclave_of("pressed", "--ram", "128M", "--swap", "1G")[0]
 
 
 def swapped_in_turn(e: Enclave, turn: int) -> None:

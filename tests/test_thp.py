@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from numpy.typing import ArrayLike
 from test_swap import lost_nothing, swapped, tables, waiting
 
@@ -31,23 +31,9 @@ MIB = 32
 RAM = 192
 
 
-@pytest.fixture(scope="module")
-def roomy(root_dir: Path) -> Iterator[Enclave]:
-    # (on two nodes autonuma would move pages of blocks that CPUs of both use)
-    e = bring_up(root_dir / "th", "--ram", f"{RAM}M", "--swap", "256M", "--nodes", "1")
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(roomy: Enclave) -> Iterator[Enclave]:
-    yield roomy
-    while started:  # of a test that failed
-        p = started.pop()
-        p.kill()
-        p.wait(10)
-    roomy.idle()
-    roomy.check()
+started: list[subprocess.Popen[str]] = []  # of the test at hand
+# (on two nodes autonuma would move pages of blocks that CPUs of both use)
+module_enclave, enclave = module_enclave_of("th", "--ram", f"{RAM}M", "--swap", "256M", "--nodes", "1", started=started)
 
 
 @contextlib.contextmanager
@@ -82,7 +68,6 @@ def in_place_of(e: Enclave, component: str) -> Iterator[Callable[..., list[str]]
         wait_for(lambda: e.component(component)["state"] == "online", 20, component)
 
 
-started: list[subprocess.Popen[str]] = []  # of the test at hand
 
 
 class Huge:

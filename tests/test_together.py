@@ -8,11 +8,10 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Enclave, bring_up, take_down, wait_for
+from conftest import Enclave, module_enclave_of, wait_for
 from test_swap import larger_than_memory, natively, swapped
 
 from sylvie.life import implementations
@@ -27,21 +26,11 @@ TURNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def everything(root_dir: Path) -> Iterator[Enclave]:
-    """Two nodes, a store, the busiest policy of each component."""
-    busy = [x for c, names in TURNS.items() if c != "kswapd" for x in ("-i", f"{c}={names[0] if c != 'ksm' else 'scan'}")]
-    e = bring_up(root_dir / "al", "--ram", f"{RAM}M", "--nodes", "2", "--swap", "256M", *busy)
-    yield e
-    take_down(e)
-
-
-@pytest.fixture
-def enclave(everything: Enclave) -> Iterator[Enclave]:
-    yield everything
-    s = everything.idle(30)
-    everything.check()
-    assert s["swap"]["used"] == 0 and s["frames"]["shared"] == 0
+# Two nodes, a store, the busiest policy of each component.
+BUSY = [x for c, names in TURNS.items() if c != "kswapd" for x in ("-i", f"{c}={names[0] if c != 'ksm' else 'scan'}")]
+module_enclave, enclave = module_enclave_of(
+    "al", "--ram", f"{RAM}M", "--nodes", "2", "--swap", "256M", *BUSY, patience=30, sound=lambda s: s["swap"]["used"] == 0 and s["frames"]["shared"] == 0
+)
 
 
 def disturb(e: Enclave, turn: int, r: random.Random) -> None:

@@ -6,18 +6,11 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
+#include "timing.h"
 
 #define PS 4096ul
 #define MOST 64
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-static int by_size(const void *a, const void *b) { return *(const double *)a < *(const double *)b ? -1 : 1; }
-static double median(double *x, int n) { return qsort(x, (size_t)n, sizeof *x, by_size), x[n / 2]; }
 static void *wait_for_ever(void *x) {
   for (;;) pause();
   return x;
@@ -25,7 +18,8 @@ static void *wait_for_ever(void *x) {
 int main(int argc, char **argv) {
   if (argc < 5) return 2;
   size_t n = (size_t)atol(argv[1]) << 20;
-  int forks = atoi(argv[2]), wrong = 0;
+  size_t forks = (size_t)atol(argv[2]);
+  int wrong = 0;
   double took[MOST], reads[MOST], writes[MOST];
   char *m = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (m == MAP_FAILED || forks > MOST) return perror("mmap"), 1;
@@ -34,7 +28,7 @@ int main(int argc, char **argv) {
   pthread_t t;
   for (int i = atoi(argv[3]); i--;) pthread_create(&t, NULL, wait_for_ever, NULL);
   usleep(300000);
-  for (int i = 0; i < forks; i++) {
+  for (size_t i = 0; i < forks; i++) {
     int said[2], st;
     double d[2], begun;
     if (pipe(said)) return 1;

@@ -13,19 +13,10 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
+#include "timing.h"
 #define PS 4096ul
 
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-static int cmp(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
 static char *map(size_t n) {
   char *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) exit(1);
@@ -40,8 +31,7 @@ static double random_touch(volatile char *p, size_t pages) {
     p[k * PS] = 1;
     v[i] = now() - t;
   }
-  qsort(v, pages, sizeof *v, cmp);
-  double r = v[pages / 2];
+  double r = median(v, pages);
   free(v);
   return r;
 }

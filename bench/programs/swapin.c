@@ -15,20 +15,11 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
+#include "timing.h"
 
 #define PS 4096ul
 #define TOUCHES 4096
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-static int cmp(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
 /* Half of each page is random, as reclaim.c has it. */
 static void fill(uint64_t *page, uint64_t i) {
   static uint64_t seed = 88172645463325252ull;
@@ -54,8 +45,7 @@ static void touch(const uint64_t *m, size_t pages, const char *leave_out) {
     if (found != i) exit(1);
   }
   if (n < TOUCHES / 2) exit(1);
-  qsort(v, n, sizeof *v, cmp);
-  printf("swapin_p50 %.3f\n", v[n / 2]);
+  printf("swapin_p50 %.3f\n", median(v, n));
 }
 
 static struct hop { uint32_t asked, answered; uint64_t index; char page[PS]; } *hop;

@@ -37,6 +37,8 @@ class Policy(Queues):
 
     def enqueue(self, task: Task, first: bool = False) -> None:
         """Who slept does not get back all that it did not use (place_entity)."""
+        there = [self.account(t) for t in (*self.waiting.values(), *self.current.values()) if t is not None]
+        self.min_vruntime = max(self.min_vruntime, min(there, default=0.0))
         task.own["vruntime"] = max(self.account(task), self.min_vruntime - self.granularity_ms * 1e6)
         self.waiting[task.gtid] = task
 

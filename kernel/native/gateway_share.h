@@ -134,6 +134,7 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
     if (f->flags & SY_FF_SHARING) return SY_R_BUSY;
     if (to != op->pfn && (t->state != SY_FRAME_SHARED || t->asid)) return SY_R_STALE; /* (what a fork shares is not there to stay) */
     if (to != op->pfn && t->refcount >= SY_MAX_SHARING) return SY_R_FULL;
+    if (to != op->pfn && holder_of(g, a, to + i, f->vpage)) return SY_R_STALE; /* it left that frame, and what said so was lost: see resync_shared */
   }
   if (a->moving + n > 4 * MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   for (uint32_t i = 0; i < n; i++) {
@@ -185,6 +186,15 @@ static void resync_shared(struct sy_gateway *g, struct as *a, int look) {
 }
 static void bury_shared(struct sy_gateway *g, struct as *a) {
   struct sy_msg t = {0};
+  /* Its page table says where they are, as a rule; one of a liar, or after lost messages, does not: then every frame is looked at. */
+  for (uint32_t p = 0; a->shared && p < SY_ARENA_PAGES; p++) {
+    if (!a->chunks[p / SY_CHUNK_PAGES]) {
+      p |= SY_CHUNK_PAGES - 1;
+      continue;
+    }
+    uint64_t w = __atomic_load_n(&a->pte[p], __ATOMIC_ACQUIRE), pfn = w >> SY_PTE_PFN_SHIFT;
+    if ((w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && pfn < g->nframes && shares(g, a, (uint32_t)pfn, p)) drop_share(g, a, (uint32_t)pfn, p, &t);
+  }
   for (uint32_t f = 0; a->shared && f < g->nframes; f++)
     while (g->frames[f].state == SY_FRAME_SHARED) {
       uint32_t h = g->share_head[f];

@@ -405,8 +405,13 @@ static int needs_release(long nr, const long *a) {
   uint64_t arg[2] = {0};
   const long *at = nr == __NR_openat2 || nr == __NR_prlimit64 ? a + 2 : nr == __NR_setrlimit ? a + 1 : 0;
   struct iovec here = {arg, sizeof arg}, there = {at ? (void *)*at : 0, sizeof arg};
+  if (!at) return 1;
+  lock_and_serve();
+  long r = all_there((uintptr_t)*at, sizeof arg, 0);
   /* Not a plain read: the address may be wrong. */
-  if (!at || sys6(__NR_process_vm_readv, SYS(__NR_getpid, 0, 0, 0, 0, 0), (long)&here, 1, (long)&there, 1, 0) != sizeof arg) return !at;
+  int read = !r && sys6(__NR_process_vm_readv, SYS(__NR_getpid, 0, 0, 0, 0, 0), (long)&here, 1, (long)&there, 1, 0) == sizeof arg;
+  unlock();
+  if (!read) return r != 0; /* (in doubt) */
   if (nr == __NR_openat2) return (arg[0] & SY_O_DIRECT) != 0;
   return arg[0] < 4 * SY_ARENA_SIZE; /* a limit that the arena may break */
 }

@@ -6,6 +6,17 @@
  *
  * A parent's pages are protected where they are when it forks: a shared mapping (FORKED) until something takes its entries away, when it becomes a private one. */
 
+/* A page that share_some() could not share. Where it may be written a write may have been quicker, and the copy is there already. */
+static void own_page(uint64_t p, uint32_t pfn, int prot) {
+  uint8_t content[PS];
+  if (prot != RW && !read_frame(pfn, content) && !own_copy(p, content)) return;
+  struct uffdio_writeprotect u = {.range = {VA(p), PS}, .mode = 0};
+  SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
+  if (prot != RW) SYS(__NR_mprotect, VA(p), PS, RW, 0, 0);
+  __atomic_fetch_or((uint8_t *)VA(p), 0, __ATOMIC_RELAXED); /* (no memory at all: it ends here) */
+  if (prot != RW) SYS(__NR_mprotect, VA(p), PS, prot, 0, 0);
+}
+
 /* Shares [p, p + n), whose words are locked, with the frames from pfn on. own[i]: 1 where a write was quicker. 0 or -errno: nothing has been done. */
 #define PIECE (SY_CHUNK_PAGES / 2)
 static long share_some(uint64_t p, uint32_t pfn, uint64_t n, int prot, uint8_t *own) {
@@ -21,9 +32,7 @@ static long share_some(uint64_t p, uint32_t pfn, uint64_t n, int prot, uint8_t *
   if (fd >= 0) SYS(__NR_pread64, fd, entry, n * sizeof *entry, VA(p) / PS * sizeof *entry, 0), SYS(__NR_close, fd, 0, 0, 0, 0);
   for (uint64_t i = 0; i < n; i++) { /* present, the file's page, protected (Documentation/admin-guide/mm/pagemap.rst) */
     own[i] = (entry[i] >> 57 & (1 << 6 | 1 << 4 | 1)) != (1 << 6 | 1 << 4 | 1);
-    if (!own[i]) continue;
-    private_request((uint64_t[]){p + i, 1}); /* its own copy, if it has none yet */
-    if (prot != RW) SYS(__NR_mprotect, VA(p + i), PS, prot, 0, 0);
+    if (own[i]) own_page(p + i, pfn + (uint32_t)i, prot);
   }
   return 0;
 }

@@ -94,25 +94,49 @@ static void unpark(uint64_t p, uint64_t n) {
     if (IS_PARKED(attr[i])) attr[i] &= (uint8_t)~A_KEPT;
 }
 
-/* Shared pages, whose words are locked, become the program's own, in the kernel's memory; they may be written then. */
-static long private_request(void *arg) {
+static long read_frame(uint32_t pfn, void *to) {
+  uint32_t nd = node_of(pfn);
+  return SYS(__NR_pread64, fd_ram[nd], to, PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)PS ? 0 : -EIO;
+}
+/* Page p of a private mapping that is registered, whose word is locked, becomes the program's own, in the kernel's memory, with that content. It need not be
+ * writable: where there are too many mappings already, the kernel allows no other access to a part of one. 0 or -errno. */
+static long own_copy(uint64_t p, const void *content) {
+  struct uffdio_copy c;
+  for (int tries = 0; tries < 1000; tries++) {
+    SYS(__NR_madvise, VA(p), PS, MADV_DONTNEED, 0, 0);
+    c = (struct uffdio_copy){.dst = VA(p), .src = (uintptr_t)content, .len = PS, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+    if (SYS(__NR_ioctl, fd_uffd, UFFDIO_COPY, &c, 0, 0) != -EEXIST) break; /* (a read was quicker) */
+  }
+  return c.copy == (int64_t)PS ? 0 : (long)c.copy;
+}
+/* Pages whose words are locked, and which cannot have another mapping, are zeros. */
+static const uint8_t zeros[PS] __attribute__((aligned(4096)));
+static long zero_request(void *arg) {
   uint64_t *a = arg;
-  struct uffdio_writeprotect u = {.range = {VA(a[0]), a[1] * PS}, .mode = 0};
-  SYS(__NR_ioctl, fd_uffd, UFFDIO_WRITEPROTECT, &u, 0, 0);
-  SYS(__NR_mprotect, VA(a[0]), a[1] * PS, RW, 0, 0);
-  for (uint64_t i = 0; i < a[1]; i++) __atomic_fetch_or((uint8_t *)VA(a[0] + i), 0, __ATOMIC_RELAXED);
+  for (uint64_t p = a[0]; p < a[0] + a[1]; p++) own_copy(p, zeros); /* (of memory that is not a frame's the content has gone by then) */
   return 0;
 }
 
-/* A shared page, whose word is locked, becomes the program's own copy, in the kernel's memory. 0 or -errno: nothing has changed. */
-static long make_native(uint64_t p, uint32_t pfn, int prot) {
-  uint32_t nd = node_of(pfn);
-  long at = sys_mmap(0, PS, RW, ANON, -1, 0);
-  if (at < 0 && at > -4096) return at;
-  long r = SYS(__NR_pread64, fd_ram[nd], at, PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)PS ? 0 : -EIO;
-  if (!r && prot != RW) r = SYS(__NR_mprotect, at, PS, prot, 0, 0);
+/* Page `at`, which is nobody's, is put at p. 0 or -errno: nothing has changed, and it is gone. */
+static long put_native(uint64_t p, long at, int prot) {
+  long r = prot == RW ? 0 : SYS(__NR_mprotect, at, PS, prot, 0, 0);
   if (!r) r = SYS(__NR_mremap, at, PS, PS, MREMAP_MAYMOVE | MREMAP_FIXED, VA(p));
   if (r < 0 && r > -4096) return SYS(__NR_munmap, at, PS, 0, 0, 0), r;
+  return 0;
+}
+/* A shared page, whose word is locked, becomes the program's own copy, in the kernel's memory. 0 or -errno: nothing has changed. */
+static long make_native(uint64_t p, uint32_t pfn, int prot) {
+  long at = sys_mmap(0, PS, RW, ANON, -1, 0);
+  if (at < 0 && at > -4096) return at;
+  if (read_frame(pfn, (void *)at)) return SYS(__NR_munmap, at, PS, 0, 0, 0), -EIO;
+  return put_native(p, at, prot);
+}
+/* … and shares no longer. */
+static long unshare(uint64_t p, uint32_t pfn, int prot) {
+  long r = make_native(p, pfn, prot);
+  if (r < 0) return r;
+  post(SY_MSG_PAGE_FREED, p, pfn, 1, 0, 0, 0);
+  __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
   return 0;
 }
 
@@ -151,8 +175,7 @@ static void drop_content(uint64_t p, uint64_t n, int new_prot) {
       memset(found, 0, k);
       if (!mapped_over) {
         if (by_command_thread(restore_request, (uint64_t[]){i, k, attr[i] != 0}) < 0) { /* no memory for another mapping: it stays the kernel's */
-          if (st == SY_PTE_SHARED_RO) by_command_thread(private_request, (uint64_t[]){i, k}), memset((void *)VA(i), 0, k * PS);
-          else SYS(__NR_madvise, VA(i), k * PS, MADV_DONTNEED, 0, 0);
+          by_command_thread(zero_request, (uint64_t[]){i, k});
           memset(found, 1, k);
         } else
           touched_meanwhile(i, k);
@@ -726,10 +749,8 @@ static long move_request(void *arg) {
     }
     uint32_t pfn = (uint32_t)(w >> SY_PTE_PFN_SHIFT);
     if (st == SY_PTE_SHARED_RO) { /* shared no longer */
-      long r = make_native(i, pfn, m->prot);
+      long r = unshare(i, pfn, m->prot);
       if (r < 0) return word_unlock(i, w), m->done = i - m->p, r;
-      post(SY_MSG_PAGE_FREED, i, pfn, 1, 0, 0, 0);
-      __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
       st = SY_PTE_NATIVE, w = (w & ~(word_t)(SY_PTE_STATE_MASK | SY_PTE_HASFRAME | SY_PTE_FORKED)) | SY_PTE_NATIVE;
     }
     while (st == SY_PTE_PRESENT && i + k < end && (i + k) % SY_CHUNK_PAGES != 0) {
@@ -806,6 +827,7 @@ static long mremap_foreign(uintptr_t old, uint64_t old_size, uint64_t new_size, 
   }
   return r;
 }
+static long be_there(uint64_t p, int write);
 /* Managed pages to a fixed place outside of the arena: they become native there. */
 static long move_out(uint64_t p, uint64_t n, uint64_t m, long flags, uintptr_t to) {
   int prot = A_PROT(attr[p]);
@@ -814,7 +836,10 @@ static long move_out(uint64_t p, uint64_t n, uint64_t m, long flags, uintptr_t t
   if (r < 0 && r > -4096) return r;
   if (!(prot & PROT_READ)) set_kernel_prot(p, n, PROT_READ);
   for (uint64_t end = p + (n < m ? n : m), i = next_used(p, end); i < end; i = next_used(i + 1, end))
-    if (!untouched(LOAD(pte[i]))) memcpy((void *)(to + (i - p) * PS), (void *)VA(i), PS);
+    if (!untouched(LOAD(pte[i]))) {
+      if (in_command_thread()) be_there(i, 0); /* (past libc) */
+      memcpy((void *)(to + (i - p) * PS), (void *)VA(i), PS);
+    }
   if (prot != RW) SYS(__NR_mprotect, to, m * PS, prot, 0, 0);
   if (flags & MREMAP_DONTUNMAP) evict(p, n);
   else unmap_pages(p, n);
@@ -909,10 +934,13 @@ static int copy_out(void *to, const void *from, size_t n) {
   struct iovec here = {(void *)from, n}, there = {to, n};
   return sys6(__NR_process_vm_writev, SYS(__NR_getpid, 0, 0, 0, 0, 0), (long)&here, 1, (long)&there, 1, 0) == (long)n ? 0 : -EFAULT;
 }
+static long all_there(uintptr_t at, uint64_t n, int write);
 static long do_mincore(uintptr_t addr, uint64_t size, uint8_t *vec) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
   if (p + n > SY_ARENA_PAGES) return -ENOMEM;
+  long e = in_command_thread() ? all_there((uintptr_t)vec, n, 1) : 0; /* (past libc) */
+  if (e) return -EAGAIN;
   if (is_native(p) || (attr[p] & A_FOREIGN)) return SYS(__NR_mincore, addr, size, vec, 0, 0);
   if (!all_mapped(p, n)) return -ENOMEM;
   for (uint64_t i = 0, k; i < n; i += k) {

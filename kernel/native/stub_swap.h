@@ -288,6 +288,48 @@ static int back_now(uint64_t p) {
   return st == SY_PTE_PRESENT || st == SY_PTE_SHARED_RO || st == SY_PTE_NATIVE;
 }
 
+/* Command thread, under mm_lock, before it touches page p itself: it must not wait for a frame, as it is who makes room. A page for which none is ready
+ * becomes the kernel's own; what may not be accessed is the kernel's to refuse. 0 or -errno. */
+static long be_there(uint64_t p, int write) {
+  if (mode != MANAGED || p >= SY_ARENA_PAGES || is_native(p) || !may(attr[p], write)) return 0;
+  STORE(chunks[p / SY_CHUNK_PAGES], 1);
+  for (int times = 0;; spin(&times)) {
+    if (back_now(p) && !(write && is_shared(p))) return 0;
+    word_t w = LOAD(pte[p]), as = w;
+    int st = w & SY_PTE_STATE_MASK, prot = kprot(attr[p]), is_stored = st == SY_PTE_SWAPPED && !(w & SY_PTE_HASFRAME);
+    long r = 0;
+    if (is_stored) {
+      if (ask_store(SY_REQ_FETCH, SY_SERVICE_THREADS, p, 1, 0)) return -EIO;
+      r = sys_mmap(0, PS, RW, ANON, -1, 0);
+      if (r < 0 && r > -4096) return r;
+      memcpy((void *)r, (const void *)mag->fetched, PS);
+    }
+    if (st == SY_PTE_LOCKED || !CAS(pte[p], &as, locked(w))) { /* a fault thread is at work there */
+      if (is_stored) SYS(__NR_munmap, r, PS, 0, 0, 0);
+      continue;
+    }
+    if (is_stored) r = put_native(p, r, prot);
+    else if (st == SY_PTE_NONE) r = sys_mmap(VA(p), PS, prot, ANON | MAP_FIXED, -1, 0);
+    else if (st == SY_PTE_SHARED_RO) r = unshare(p, (uint32_t)(w >> SY_PTE_PFN_SHIFT), prot);
+    else r = st == SY_PTE_SWAPPED ? -ENOMEM : -EAGAIN; /* in its frame, and the kernel has no room for its mapping; or it has just come */
+    if (r < 0 && r > -4096) {
+      word_unlock(p, w);
+      if (r != -EAGAIN) return r;
+      continue;
+    }
+    if (is_stored) __atomic_fetch_sub(&ctl->pages_swapped, 1, __ATOMIC_RELAXED), post(SY_MSG_SLOT_FREED, p, SY_NO_FRAME, 1, 0, w >> SY_PTE_PFN_SHIFT, 0);
+    if (st != SY_PTE_SHARED_RO) __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+    word_unlock(p, SY_PTE_NATIVE | (w & SY_PTE_MLOCKED) | (prot != RW ? W_KPROT : 0));
+    return 0;
+  }
+}
+static long all_there(uintptr_t at, uint64_t n, int write) {
+  long r = 0;
+  for (uintptr_t a = at & ~(PS - 1); a < at + n && a >= (at & ~(PS - 1)) && !r; a += PS)
+    if (IN_ARENA(a)) r = be_there(PAGE(a), write);
+  return r;
+}
+
 /* Before a fork or a release copies: what is in the store, into memory of the kernel's own; page p at back + p * PS. What still is in
  * its frame is mapped again. Command thread; faults are left waiting, mm_lock is held. */
 static char *back;

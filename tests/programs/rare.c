@@ -253,8 +253,67 @@ static void released_child(void) { /* what its parent had in the store counts in
   _exit(0);
 }
 
+static void shared_at_the_limit(void) { /* a child drops shared pages that it may only read, where the kernel allows no further mapping */
+  size_t n = 4 << 20, step = 8192, many = 80000;
+  char *p = memset(some(n), 7, n);
+  if (fork()) {
+    int st;
+    wait(&st);
+    printf("child %x\n", (unsigned)st);
+    return;
+  }
+  mprotect(p, n, PROT_READ);
+  go_on("there\n");
+  char *q = mmap(NULL, many * step, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  size_t k = 0;
+  while (k < many && !mprotect(q + k * step, 4096, PROT_READ)) k++;
+  size_t at = n / 2 + 65536, d = 3 * 4096; /* in the middle of one mapping, whichever pieces it is in */
+  int r = madvise(p + at, d, MADV_DONTNEED), zeros = all(p + at, d, 0);
+  munmap(q, many * step);
+  int others = all(p, at, 7) && all(p + at + d, n - at - d, 7);
+  mprotect(p, n, PROT_READ | PROT_WRITE), memset(p, 9, n);
+  dprintf(1, "full: %d, dropped: %d, zeros: %d, others: %d, then %d\n", k < many, r, zeros, others, all(p, n, 9));
+  _exit(0);
+}
+
+static long raw(long nr, long a, long b, long c, long d, long e) { /* past libc */
+  long r;
+  register long r10 __asm__("r10") = d;
+  register long r8 __asm__("r8") = e;
+  __asm__ volatile("syscall" : "=a"(r) : "a"(nr), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8) : "rcx", "r11", "memory");
+  return r;
+}
+static void *fills(void *more) { /* wants frames all the time: all that there are, and more */
+  for (volatile char *b = more; !stop;)
+    for (size_t i = 0; i < 96 << 20 && !stop; i += 4096) b[i]++;
+  return NULL;
+}
+static void arguments_away(void) { /* of calls past libc, in memory that is in the store, or was never touched, while there is hardly a frame */
+  enum { PAGES = 1024 };
+  char *more = some(96 << 20), *to = mmap(NULL, 65536, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS, -1, 0), *untouched = some(PAGES * 4096);
+  uint64_t *args = (void *)some(PAGES * 4096);
+  char *moved = some(PAGES * 4096);
+  pthread_t t[2];
+  int wrong[4] = {0};
+  for (int i = 0; i < PAGES; i++) args[i * 512] = args[i * 512 + 1] = ~0ull, args[i * 512 + 2] = (uint64_t)i, moved[i * 4096] = (char)i;
+  for (int i = 0; i < 2; i++) pthread_create(&t[i], NULL, fills, more);
+  usleep(500000);
+  for (int i = 0; i < PAGES; i += 4) {
+    uint64_t *here = args + i * 512;
+    wrong[0] += raw(SYS_prlimit64, 0, 9 /* RLIMIT_AS */, (long)here, 0, 0) != 0 || here[2] != (uint64_t)i;
+    unsigned char *vec = (unsigned char *)(here + 512);
+    wrong[1] += raw(SYS_mincore, (long)here, 4096, (long)vec, 0, 0) != 0 || vec[0] > 1 || here[512 + 2] != (uint64_t)i + 1;
+    vec = (unsigned char *)untouched + i * 4096;
+    wrong[2] += raw(SYS_mincore, (long)here, 4096, (long)vec, 0, 0) != 0 || vec[0] > 1 || vec[1];
+    wrong[3] += raw(SYS_mremap, (long)(moved + i * 4096), 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, (long)to) != (long)to || *to != (char)i;
+  }
+  stop = 1;
+  for (int i = 0; i < 2; i++) pthread_join(t[i], NULL);
+  printf("wrong: %d %d %d %d\n", wrong[0], wrong[1], wrong[2], wrong[3]);
+}
+
 int main(int argc, char **argv) {
-  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}, {"half_a_release", half_a_release}, {"slow_child", slow_child}, {"released_child", released_child}};
+  static const struct { const char *name; void (*fn)(void); } what[] = {{"forks", forks}, {"vfork_of_a_copy", vfork_of_a_copy}, {"dropped_futex", dropped_futex}, {"released_pi", released_pi}, {"orphan", orphan}, {"many_calls", many_calls}, {"many_mappings", many_mappings}, {"half_a_release", half_a_release}, {"slow_child", slow_child}, {"released_child", released_child}, {"shared_at_the_limit", shared_at_the_limit}, {"arguments_away", arguments_away}};
   for (unsigned i = 0; argc > 1 && i < sizeof what / sizeof *what; i++)
     if (!strcmp(what[i].name, argv[1])) what[i].fn();
   return 0;
