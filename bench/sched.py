@@ -4,8 +4,8 @@ The load (``programs/dispersive.c``): requests of 1 ms, but for one in two hundr
 --sched` starts it. Who sends the requests is another process, of the same real-time priority on both sides, above everything. "Batch" are four processes that compute without
 a pause (``programs/batch.c``): ordinary ones that sched does not have, then ones that it has. Native runs and ours alternate, with the same arrivals.
 
-ghOSt's own figures (Humphries et al., SOSP '21, table 3; two Xeons of 2.0 GHz, agents in C++) are shown beside ours, and are of another order, for reasons that are no secret:
-there, an agent spins on a queue in memory that the kernel itself writes to, and a commit is a system call that hands a CPU over. Here a message is a record in perf's ring
+ghOSt's own figures (Humphries et al., SOSP '21, table 3; agents in C++, no virtual machine) are shown beside ours, and are of another order, for reasons that are no secret:
+there, the kernel itself writes messages to memory, on which the global agent spins, or switches to the CPU's own; and a commit is a system call that hands a CPU over. Here a message is a record in perf's ring
 that a thread of the gateway must wake up for (at most once in 150 µs, so that many come at once), goes through a ring to the bus, a socket, another process's wake-up and a few
 microseconds of Python; a commit is a request and an answer over such sockets, then two system calls about the thread, then the kernel's own preemption. Each wake-up of another
 thread costs tens of microseconds in a virtual machine, and there are three or four. So raw pyzmq, which has two of them, is what this is to be compared with; and policies that
