@@ -328,6 +328,33 @@ def test_changes_of_its_own_are_said(s: Sched) -> None:
         assert attributes(pid)[2:] == (4 + os.getpriority(os.PRIO_PROCESS, 0), [CPUS[0]])
 
 
+def test_what_is_said_of_cpus(s: Sched) -> None:
+    """That something more important runs there, that it has gone, that it woke from idling; and that a thread has come onto it, if that was asked for."""
+    cpu = CPUS[-1]
+    heard: list[np.void] = []
+
+    def said(message: str) -> list[np.void]:
+        heard.extend(s.messages())
+        return [m for m in heard if MESSAGE[int(m["type"])] == message and m["cpu"] == cpu]
+
+    with child(SPINNER, "taskset", "-c", str(cpu)) as pid:
+        assert s.add(pid) == 0
+        assert s.run(pid, cpu, lib.SY_RUN_SEND_ON_CPU) == "COMPLETE"
+        wait_for(lambda: [m for m in said("TASK_ON_CPU") if int(m["gtid"]) >> lib.SY_GTID_SHIFT == pid], 5, "no TASK_ON_CPU")
+        first = int(s.t.cpus["seqnum"][cpu])
+        with child(SPINNER, "taskset", "-c", str(cpu), "chrt", "-f", "15"):  # between what may be chosen and what is ours
+            wait_for(lambda: said("CPU_BUSY"), 5, "no CPU_BUSY")
+            assert said("TASK_PREEMPT")
+            wait_for(lambda: s.run(pid, cpu) == "CPU_UNAVAIL", 5, "RUN on a CPU that has something better to do")
+        wait_for(lambda: said("CPU_AVAILABLE"), 5, "no CPU_AVAILABLE")
+        assert int(s.t.cpus["seqnum"][cpu]) > first
+        wait_for(lambda: s.run(pid, cpu) == "COMPLETE", 5, "it is free again")
+        heard.clear()
+        os.kill(pid, signal.SIGSTOP)
+        with child(SLEEPER, "taskset", "-c", str(cpu)):
+            wait_for(lambda: said("CPU_NOT_IDLE"), 5, "no CPU_NOT_IDLE")
+
+
 # ---- the order of messages
 class Trace:
     """The kernel's own trace of sched events, in an instance of its own."""
