@@ -263,7 +263,7 @@ class Life(RuleBasedStateMachine):
     def touch_what_is_shared(self, k: int, write: bool) -> bool:
         pfn = sorted(self.m.holders)[k % len(self.m.holders)]
         asid, page = self.m.holders[pfn][k % len(self.m.holders[pfn])]
-        if page not in self.memory[asid]:  # unmapped while its stub had not answered: it lets go then
+        if page not in self.memory[asid]:  # it was to share that frame, and has gone since
             return False
         with contextlib.suppress(Killed):
             assert self.m.read(asid, page).tolist() == [self.memory[asid][page]]
@@ -657,6 +657,19 @@ def drive(enclave: type[Enclave], least: int, **kw: Any) -> type[Life]:
         examples = min(-(-(least - life.steps) // STEPS) + 1, 1000)
         run_state_machine_as_test(life, settings=settings(PATIENT, max_examples=examples, stateful_step_count=STEPS, **kw))
     return life
+
+
+def test_a_page_goes_while_it_is_to_be_merged() -> None:
+    """(found by the next one)"""
+    life = type("Life", (Life,), {"steps": 0, "seen": Counter()})()
+    life.begin(nodes=1, spans=[(2, 512), (0, 30)])
+    life.grow(chunk=0, i=0, order=4, value=0)
+    life.merge_what_is_not_alike(k=0, to=0)
+    life.unmap(i=0, n=512, page=0)
+    life.merge(alike=0, k=0, order=0, to=0)
+    life.remap(i=0, n=2, page=0, to=0)
+    life.touch_what_is_shared(k=0, write=False)
+    life.teardown()
 
 
 @pytest.mark.timeout(600)
