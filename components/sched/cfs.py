@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from bus.policy import Tunable
 from components.sched.queues import Queues
-from kernel.agent import Message, Task
+from kernel.agent import Task
 
 # sched_prio_to_weight of kernel/sched/core.c: nice -20 to 19, a quarter a step, 1024 at 0.
 WEIGHT = (
@@ -20,7 +20,7 @@ class Policy(Queues):
 
     granularity_ms: float
     tunables: ClassVar[dict[str, Tunable]] = {"granularity_ms": Tunable(3.0, 1.0, 100.0, "milliseconds that a thread runs before one that had less takes its CPU")}
-    tick_us = 1000
+    look_ms = 2
 
     def forget(self) -> None:
         super().forget()
@@ -53,9 +53,6 @@ class Policy(Queues):
             best.own["began"] = best.own["ran"]
             self.min_vruntime = max(self.min_vruntime, best.own["vruntime"])
         return best
-
-    def cpu_tick(self, cpu: int, msg: Message) -> None:
-        """Only so that somebody looks at the time."""
 
     def preempts(self, cpu: int, running: Task) -> bool:
         least = min((self.account(t) for t in self.waiting.values() if t.may_use(cpu)), default=None)

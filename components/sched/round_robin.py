@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from bus.policy import Tunable
 from components.sched import fifo_centralized
-from kernel.agent import Message, Task
+from kernel.agent import Task
 
 
 class Policy(fifo_centralized.Policy):
@@ -14,15 +14,12 @@ class Policy(fifo_centralized.Policy):
 
     slice_ms: float
     tunables: ClassVar[dict[str, Tunable]] = {"slice_ms": Tunable(5.0, 1.0, 1000.0, "milliseconds that a thread runs before the next one's turn")}
-    tick_us = 1000
+    look_ms = 2
 
     def enqueue(self, task: Task, first: bool = False) -> None:
         if not first or "began" not in task.own:
             task.own["began"] = None  # its slice begins when it runs
         super().enqueue(task, first)
-
-    def cpu_tick(self, cpu: int, msg: Message) -> None:
-        """Only so that somebody looks at the time."""
 
     def preempts(self, cpu: int, running: Task) -> bool:
         ran = running.status.runtime(self.now_ns())

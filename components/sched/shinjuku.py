@@ -14,19 +14,16 @@ import numpy as np
 
 from bus.policy import Tunable
 from kernel.abi import lib
-from kernel.agent import ANY_CPU, Message, Scheduler
+from kernel.agent import ANY_CPU, Scheduler
 
 
 class Policy(Scheduler):
-    """Decides from the status words alone, a look a tick."""
+    """Decides from the status words alone, a look every two milliseconds."""
 
     quantum_ms: float
     tunables: ClassVar[dict[str, Tunable]] = {"quantum_ms": Tunable(3.0, 0.5, 1000.0, "milliseconds that a thread may run without a pause before it makes way")}
-    tick_us = 1000
+    look_ms = 2
     demoted = promoted = 0
-
-    def cpu_tick(self, cpu: int, msg: Message) -> None:
-        """Only so that somebody looks at the time."""
 
     def schedule(self) -> None:
         t = self.tasks[: self.sched.top]

@@ -8,16 +8,22 @@
 #include <linux/perf_event.h>
 
 #define RING_PAGES 256u             /* of one CPU: some 10,000 records */
-#define GATHER_NS 150000u           /* between two readings, when there is much */
+/* Between two readings: while ours block and wake; while others do; and for how long after it is waited for a bell instead. */
+#define BUSY_NS 200000ull
+#define CALM_NS 1000000ull
+#define BUSY_FOR_NS 5000000ull
+#define LISTEN_AFTER_NS 20000000ull
 #define HOUSEKEEPING_NS 50000000ull
 #define LOOK_NS 2000000000ull       /* a look at attributes that did not end was never begun */
 #define TIDS (1u << 22)             /* PID_MAX_LIMIT */
 #define NOT_OURS 0xffff             /* by_tid: a stub's service thread */
+#define LOOKS_HZ 500
 #define DOUBTS 16u                  /* each costs some 10 us */
 #define MAX_PERF 24
 #define MASK_BYTES 128
 
-struct ring { int cpu, n, fd[MAX_PERF]; struct perf_event_mmap_page *page; uint64_t tail, head; uint8_t copy[512]; };
+/* bell: two events that are in force only while nobody reads, to be woken by; what they write is of no interest. */
+struct ring { int cpu, n, fd[MAX_PERF], nbells, bell[2]; struct perf_event_mmap_page *page, *bells; uint64_t tail, head; uint8_t copy[512]; };
 struct sched {
   pthread_mutex_t lock;
   int fd, ro, ncpu, nrings, stopping, have_thread, enabled;
@@ -34,7 +40,8 @@ struct sched {
   pthread_t thread;
   int poke;
   uint64_t wanted;         /* messages that sched handles: bit type - 64 of a task's, 32 + type - 128 of a CPU's */
-  uint64_t tick_ns, next_tick, next_look, lost_seen, last_round;
+  uint64_t tick_ns, next_tick, next_look, lost_seen;
+  uint64_t ours;           /* records that were about ours */
   uint64_t timer_ns[SY_MAX_CPUS], timer_cookie[SY_MAX_CPUS];
   uint64_t default_slice;
   uint32_t doubt;          /* next to be looked at */
@@ -156,10 +163,13 @@ static int learn_own(struct sched *s, struct sy_task *t) {
   return 0;
 }
 static void rings_on(struct sched *s, int on) {
+  uint64_t one = 1;
   if (s->enabled == on) return;
   for (int i = 0; i < s->nrings; i++)
     for (int k = 0; k < s->ring[i].n; k++) ioctl(s->ring[i].fd[k], on ? PERF_EVENT_IOC_ENABLE : PERF_EVENT_IOC_DISABLE, 0);
   s->enabled = on;
+  if (write(s->poke, &one, 8) < 0) { /* awake already */
+  }
 }
 /* Takes a thread in. pid 0: of whatever process its parent's is not. 0 or -errno. */
 static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_task *parent) {
@@ -231,6 +241,7 @@ static void woke(struct sy_gateway *g, int waker, uint64_t when, uint32_t tid, i
   struct sched *s = g->sched;
   struct sy_task *t = task_of(s, tid);
   if (!t || t->flags & SY_TF_RUNNABLE) return;
+  s->ours++;
   int16_t last = (int16_t)t->cpu;
   t->flags |= SY_TF_RUNNABLE, t->wake_ns = when, t->wake_runtime = t->runtime;
   if (cpu >= 0 && cpu < s->ncpu) t->cpu = cpu;
@@ -242,6 +253,7 @@ static void left(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int
   struct sched *s = g->sched;
   struct sy_task *t = task_of(s, tid);
   if (!t) return;
+  s->ours++;
   woke(g, -1, when, tid, cpu); /* (if that was not said) */
   if (t->flags & SY_TF_ON_CPU && when > t->switch_ns) t->runtime += when - t->switch_ns;
   t->switch_ns = when, t->cpu = cpu;
@@ -353,7 +365,9 @@ static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t curren
   memcpy(&kind, raw, 2);
   int id = kind;
   s->hdr->records++;
-  if (id == p->switch_id) {
+  if (!id) { /* as it should be; but some kernels lose what they trace while a CPU is idle, and so that it no longer is */
+    if ((t = task_of(s, current)) && s->cpu[cpu].on != t->gtid) came(g, cpu, when, current, 0, current);
+  } else if (id == p->switch_id) {
     int64_t state;
     memcpy(&state, raw + p->prev_state, 8);
     uint32_t prev = (uint32_t)i32(raw, p->prev_pid), next = (uint32_t)i32(raw, p->next_pid);
@@ -533,27 +547,43 @@ static uint64_t housekeeping(struct sy_gateway *g) { /* → when there is someth
     if (s->timer_ns[i] && s->timer_ns[i] < next) next = s->timer_ns[i];
   return next;
 }
+/* Each record of an event that wakes somebody costs whoever made it some 12 us in a virtual machine (an interrupt to itself). So none of those that are kept does: the rings are read
+ * every so often while something goes on, and bells are rung only after a while in which nothing has. */
+static void listen_for_bells(struct sched *s, int on) {
+  for (int i = 0; i < s->nrings; i++) {
+    struct ring *r = &s->ring[i];
+    if (!r->nbells) continue;
+    if (on) __atomic_store_n(&r->bells->data_tail, __atomic_load_n(&r->bells->data_head, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    ioctl(r->bell[0], on ? PERF_EVENT_IOC_ENABLE : PERF_EVENT_IOC_DISABLE, PERF_IOC_FLAG_GROUP);
+  }
+}
 static void *rings_thread(void *arg) {
   struct sy_gateway *g = arg;
   struct sched *s = g->sched;
   struct sched_param sp = {.sched_priority = SY_PRIORITY_RINGS};
+  uint64_t ours_ns = 0, bell_ns = 0, next = 0, ours = 0;
+  int listening = 0;
   pthread_setschedparam(pthread_self(), SCHED_FIFO, &sp);
-  for (uint64_t next = 0; !__atomic_load_n(&s->stopping, __ATOMIC_ACQUIRE);) {
-    uint64_t now = now_ns(), wait = next > now ? next - now : 0, x;
-    struct timespec t = {(time_t)(wait / 1000000000), (long)(wait % 1000000000)};
-    if (wait) ppoll(s->poll, (nfds_t)s->nrings + 1, &t, NULL);
-    if (s->poll[s->nrings].revents && read(s->poke, &x, 8) < 0) { /* somebody else took it */
-    }
-    if ((now = now_ns()) - s->last_round < GATHER_NS) {
-      t = (struct timespec){0, (long)(GATHER_NS - (now - s->last_round))};
-      nanosleep(&t, NULL);
+  while (!__atomic_load_n(&s->stopping, __ATOMIC_ACQUIRE)) {
+    uint64_t now = now_ns(), until = next, x;
+    if (!listening && s->enabled && now + (now - ours_ns < BUSY_FOR_NS ? BUSY_NS : CALM_NS) < until) until = now + (now - ours_ns < BUSY_FOR_NS ? BUSY_NS : CALM_NS);
+    struct timespec t = {0, until > now ? (long)(until - now < 999999999 ? until - now : 999999999) : 0};
+    int rang = until > now && ppoll(s->poll + (listening ? 0 : s->nrings), listening ? (nfds_t)s->nrings + 1 : 1, &t, NULL) > 0;
+    if (rang && s->poll[s->nrings].revents && read(s->poke, &x, 8) < 0) { /* somebody else took it */
     }
     pthread_mutex_lock(&s->lock);
     while (read_rings(g)) {
     }
     next = housekeeping(g);
+    int on = s->enabled;
     pthread_mutex_unlock(&s->lock);
-    s->last_round = now_ns();
+    now = now_ns();
+    if (s->ours != ours) ours = s->ours, ours_ns = now;
+    if (listening && rang) listen_for_bells(s, listening = 0), bell_ns = now;
+    else if (!listening && on && now - ours_ns > LISTEN_AFTER_NS && now - bell_ns > LISTEN_AFTER_NS) {
+      listen_for_bells(s, listening = 1);
+      next = 0; /* what came before they were in force is read at once */
+    } else if (listening && !on) listen_for_bells(s, listening = 0);
   }
   return NULL;
 }
@@ -780,28 +810,23 @@ static int sched_new(struct sy_gateway *g) {
   s->default_slice = get_attr(0, &a) ? 0 : a.runtime;
   return 0;
 }
-static int open_event(int id, int cpu, int loud, const char *filter) {
-  struct perf_event_attr a = {.type = PERF_TYPE_TRACEPOINT, .size = sizeof a, .config = (uint64_t)id, .sample_period = 1, .disabled = 1, .use_clockid = 1, .clockid = CLOCK_MONOTONIC,
+/* id 0: no tracepoint, but a look at who is on the CPU, so many times a second. */
+static int open_event(int id, int cpu, int group, int loud, const char *filter) {
+  struct perf_event_attr a = {.type = id ? PERF_TYPE_TRACEPOINT : PERF_TYPE_SOFTWARE, .size = sizeof a, .config = id ? (uint64_t)id : PERF_COUNT_SW_CPU_CLOCK, .sample_period = id ? 1 : LOOKS_HZ, .freq = !id, .exclude_idle = !id, .disabled = 1, .use_clockid = 1, .clockid = CLOCK_MONOTONIC,
                               .sample_type = PERF_SAMPLE_TID | PERF_SAMPLE_TIME | PERF_SAMPLE_CPU | PERF_SAMPLE_RAW, .wakeup_events = loud ? 1 : 0};
-  int fd = (int)syscall(SYS_perf_event_open, &a, -1, cpu, -1, PERF_FLAG_FD_CLOEXEC);
+  int fd = (int)syscall(SYS_perf_event_open, &a, -1, cpu, group, PERF_FLAG_FD_CLOEXEC);
   if (fd >= 0 && filter && ioctl(fd, PERF_EVENT_IOC_SET_FILTER, filter)) return close(fd), -1;
   return fd;
 }
-/* All records are kept; only those wake us that can mean something: not those about threads of our own priorities, or every reading would be the cause of the next. */
+/* All records are kept; bells ring for those only that can mean something: not for those about threads of our own priorities, or every reading would be the cause of the next. */
 static int open_ring(struct sched *s, struct ring *r) {
   const struct sy_tracepoints *p = &s->tp;
-  char on[3][200], wake[2][60];
-  int ours = 99 - SY_PRIORITY_OWN;
-  snprintf(on[0], sizeof on[0], "prev_prio > %d && prev_pid != 0 && (next_prio > %d || (prev_state != 0 && prev_state != 256))", ours, ours);
-  snprintf(on[1], sizeof on[1], "prev_prio <= %d || prev_pid == 0 || (next_prio <= %d && (prev_state == 0 || prev_state == 256))", ours, ours);
-  snprintf(wake[0], sizeof wake[0], "prio > %d", ours), snprintf(wake[1], sizeof wake[1], "prio <= %d", ours);
-  struct { int id, loud; const char *filter; } e[MAX_PERF] = {{p->switch_id, 1, on[0]}, {p->switch_id, 0, on[1]}, {p->wakeup_id, 1, wake[0]}, {p->wakeup_id, 0, wake[1]}, {p->wakeup_new_id, 0, NULL},
-                                                              {p->fork_id, 1, NULL}, {p->exec_id, 1, NULL}, {p->exit_id, 1, NULL}, {p->migrate_id, 0, NULL}, {p->yield_id, 1, NULL}};
-  int n = 10;
-  for (int i = 0; i < p->ncalls && n < MAX_PERF; i++) e[n].id = p->call_id[i], e[n++].loud = 1;
+  char on_switch[200], on_wake[60];
+  int ours = 99 - SY_PRIORITY_OWN, all[MAX_PERF] = {p->switch_id, 0, p->wakeup_id, p->wakeup_new_id, p->fork_id, p->exec_id, p->exit_id, p->migrate_id, p->yield_id}, n = 9;
+  for (int i = 0; i < p->ncalls && n < MAX_PERF; i++) all[n++] = p->call_id[i];
   for (int i = 0; i < n; i++) {
-    if (e[i].id < 0) continue; /* this kernel does not have it */
-    int fd = open_event(e[i].id, r->cpu, e[i].loud, e[i].filter);
+    if (all[i] < 0) continue; /* this kernel does not have it */
+    int fd = open_event(all[i], r->cpu, -1, 0, NULL);
     if (fd < 0) return -1;
     r->fd[r->n++] = fd;
     if (r->n == 1) {
@@ -810,7 +835,16 @@ static int open_ring(struct sched *s, struct ring *r) {
       r->page = m;
     } else if (ioctl(fd, PERF_EVENT_IOC_SET_OUTPUT, r->fd[0])) return -1;
   }
-  return 0;
+  snprintf(on_switch, sizeof on_switch, "prev_prio > %d && prev_pid != 0 && (next_prio > %d || (prev_state != 0 && prev_state != 256))", ours, ours);
+  snprintf(on_wake, sizeof on_wake, "prio > %d", ours);
+  if ((r->bell[0] = open_event(p->switch_id, r->cpu, -1, 1, on_switch)) < 0) return -1;
+  r->nbells = 1;
+  if ((r->bell[1] = open_event(p->wakeup_id, r->cpu, r->bell[0], 1, on_wake)) < 0) return -1;
+  r->nbells = 2;
+  void *m = mmap(NULL, 2 * PS, PROT_READ | PROT_WRITE, MAP_SHARED, r->bell[0], 0);
+  if (m == MAP_FAILED) return -1;
+  r->bells = m;
+  return ioctl(r->bell[1], PERF_EVENT_IOC_SET_OUTPUT, r->bell[0]);
 }
 int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
   struct sched *s = g->sched;
@@ -827,11 +861,12 @@ int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
     if (open_ring(s, r)) {
       int e = errno;
       for (int k = 0; k < r->n; k++) close(r->fd[k]);
+      for (int k = 0; k < r->nbells; k++) close(r->bell[k]);
       if (e == ENODEV || e == ENXIO) { *r = (struct ring){0}; continue; } /* offline */
       return s->nrings = 0, -e;
     }
     s->cpu[i].state = SY_CPU_ONLINE, s->cpu[i].seqnum = 1;
-    s->poll[s->nrings++] = (struct pollfd){.fd = r->fd[0], .events = POLLIN};
+    s->poll[s->nrings++] = (struct pollfd){.fd = r->bell[0], .events = POLLIN};
   }
   s->poll[s->nrings] = (struct pollfd){.fd = s->poke, .events = POLLIN};
   int r = pthread_create(&s->thread, NULL, rings_thread, g);

@@ -366,6 +366,7 @@ class Run:
         self._decide()
 
     def _decide(self) -> None:
+        self.decided = self.machine.ns
         self.policy.step()
         commit(self.policy, self.machine.commit)
 
@@ -388,3 +389,5 @@ class Run:
                 if len(batch):
                     self.policy.dispatch(self.handlers, batch)
                     self._decide()
+            elif self.machine.ns - self.decided >= self.policy.tick * 1e9:
+                self._decide()
