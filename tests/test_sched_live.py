@@ -162,6 +162,7 @@ def test_every_policy_under_load(enclave: Enclave, policy: str) -> None:
         enclave.cli("swap", "sched", policy)
         wait_for(lambda: runs(enclave) > before + 5 and chosen(enclave, p.pid), 10, f"{policy} chooses nothing")
         agree(enclave)
+        enclave.cli("swap", "sched", "fifo_per_cpu")
 
 
 def test_killed_stopped_and_restarted_under_load(enclave: Enclave) -> None:
