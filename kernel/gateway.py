@@ -129,6 +129,7 @@ class Gateway:
         self.refusals: Counter[str] = Counter()  # of requests and operations, by reason
         self._stopping = False
         self._sched_words = (0, 0)  # see ``_keep_words``
+        self._important = 0  # pid of the sched that has a real-time priority, with us
 
         why = ffi.new("char[]", 512)
         ram, nodes = codec.field(config, "ram", int), codec.field(config, "nodes", int)
@@ -240,6 +241,7 @@ class Gateway:
                 if (now := time.monotonic()) >= look_at:
                     look_at = now + TICK
                     self._look_for_lost(now)
+                    self._look_for_threads()
                     self._look_for_run_dir()
             self._hand_back()
         finally:
@@ -341,7 +343,7 @@ class Gateway:
         component.state = state
         self._publish_state(component)
         if component.name == "sched":
-            self._priorities(component.pid if state == "online" else 0)
+            self._look_for_threads()
             lib.sy_gw_sched_words(self.gw, *(self._sched_words if state == "online" else (0, 0)))
         self._post("COMPONENT_UP" if state == "online" else "COMPONENT_LOST", component.id)
 
@@ -353,17 +355,25 @@ class Gateway:
             header.slots and any(mark.free < SOON * mark.high for mark in marks)
         )
 
+    def _look_for_threads(self) -> None:
+        """While sched has some, it and what carries its decisions are more important than they."""
+        sched = self.components.get("sched")
+        pid = sched.pid if sched and sched.state == "online" and self.tables.sched.count else 0
+        if pid != self._important:
+            self._important = pid
+            self._priorities(pid)
+
     def _priorities(self, pid: int) -> None:
-        """What decides, and what carries it there, runs before whatever it may choose; ``pid`` 0: nobody decides."""
+        """What decides, and what carries it there, runs before whatever it may choose; ``pid`` 0: nobody has to."""
         for tid in _bus_threads(os.getpid()) | {thread.native_id for thread in threading.enumerate() if thread.native_id}:
             _fifo(tid, lib.SY_PRIORITY_RELAY if pid else 0)
+        claimed = self.components["sched"].pid
         try:
-            ours = pid and psutil.Process(pid).uids().real == keys.uid_of("sched")
+            ours = psutil.Process(claimed).uids().real == keys.uid_of("sched")  # not whatever it says that it is
         except psutil.Error:
             return
-        if ours:  # not whatever it says that it is
-            for tid in _bus_threads(pid) | {pid}:
-                _fifo(tid, lib.SY_PRIORITY_OWN)
+        for tid in _bus_threads(claimed) | {claimed} if ours else ():
+            _fifo(tid, lib.SY_PRIORITY_OWN if pid else 0)
 
     def _publish_state(self, component: Component) -> None:
         state = STATES.index(component.state)
@@ -652,6 +662,7 @@ class Gateway:
         }  # fmt: skip
         if error := -lib.sy_gw_sched_add(self.gw, pid):
             raise BusError(why.get(error, f"process {pid}: {os.strerror(error)}"))
+        self._look_for_threads()
         return {"pid": pid}
 
     def request_sched_remove(self, _route: bytes, header: dict[str, Any]) -> dict[str, Any]:

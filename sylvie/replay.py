@@ -23,7 +23,7 @@ from sylvie.life import bytes_of, implementations
 
 OPT = "opt"
 MOST = 1 << 24  # frames, 64 GiB
-NOT_BY_DEFAULT = {"sampler"}  # looks on; chooses nothing
+NOT_BY_DEFAULT = {"sampler", "spare_running"}  # looks on, chooses nothing; two_list, where nothing is known of threads
 
 
 def trace_of(text: str) -> Trace:

@@ -451,7 +451,7 @@ enum sy_counter {
   SY_CNT_OOM_KILLS = 15, SY_CNT_DRAINED = 16, SY_CNT_BAD_HELLOS = 17,
   SY_CNT_SWAPPED_OUT = 18, SY_CNT_SWAPPED_IN = 19, SY_CNT_EVICTED_BY_GATEWAY = 20, SY_CNT_SWAP_CANCELLED = 21, SY_CNT_STORE_ERRORS = 22,
   SY_CNT_PREFETCHED = 23, SY_CNT_SAMPLED = 24, SY_CNT_MIGRATED = 25, SY_CNT_COLLAPSED = 26, SY_CNT_MOVES_REFUSED = 27,
-  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29 /* pages copied by a write to what was shared */, SY_CNT_FORK_SHARED = 30, SY_CNT_FORKS_PARTED = 31, SY_CNT_SPLIT = 32
+  SY_CNT_MERGED = 28, SY_CNT_UNMERGED = 29 /* pages copied by a write to what was shared */, SY_CNT_FORK_SHARED = 30, SY_CNT_FORKS_PARTED = 31, SY_CNT_SPLIT = 32, SY_CNT_LOOKS = 33 /* calls about how a thread is scheduled */
 };
 
 /* ---- transactions (component -> gateway) ---- */

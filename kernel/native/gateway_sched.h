@@ -887,4 +887,7 @@ static void sched_stop(struct sy_gateway *g) {
     all_wait(g, 1);
   }
   pthread_mutex_unlock(&s->lock);
+  char path[128];
+  snprintf(path, sizeof path, "%s/tasks", g->run_dir);
+  unlink(path); /* nobody has to be put right any more */
 }

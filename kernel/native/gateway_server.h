@@ -438,15 +438,15 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
   }
   if (r) return;
   if (page) page->inflight[place] = u.n.id;
-  count(g, SY_CNT_NOTIFICATIONS, 1);
   int nr = u.n.data.arch == AUDIT_ARCH_X86_64 ? u.n.data.nr : SYS_fork; /* see filter.h: of another architecture only this */
-  pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
-  int release = 1; /* what could not be done on memory that is not the kernel's own */
   if (is_look(nr)) {
     sched_look(g, u.n.pid, (uint32_t)u.n.data.args[0]);
-    count(g, SY_CNT_CONTINUED, 1);
+    count(g, SY_CNT_LOOKS, 1);
     return answer_notif(lc, u.n.id, 0, 0, 1);
   }
+  count(g, SY_CNT_NOTIFICATIONS, 1);
+  pid_t pid = (pid_t)status_field(g, (pid_t)u.n.pid, "\nTgid:");
+  int release = 1; /* what could not be done on memory that is not the kernel's own */
   switch (nr) {
   case SYS_mmap: /* of a file: its descriptor is the program's, not the stub's */
     release = !(u.n.data.args[3] & MAP_ANONYMOUS) && u.n.data.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE);
