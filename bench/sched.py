@@ -38,7 +38,8 @@ from rich.progress import track
 
 from bench.bus_bench import raw_delays
 from bus.client import Control
-from kernel.abi import OP_DTYPE
+from bus.runtime import fetch_tables
+from kernel.abi import OP_DTYPE, lib
 
 if TYPE_CHECKING:
     from bench.__main__ import Bench
@@ -377,6 +378,101 @@ def sustained(programs: dict[str, Path], side: Side, seconds: float) -> list[Lin
     return lines
 
 
+# ---- what each knows of the other
+PACE = """
+import sys, time
+mib, work, rest, seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+b = bytearray(mib << 20)
+print(flush=True)
+sys.stdin.readline()
+passes, took, end = 0, 0.0, time.monotonic() + seconds
+while time.monotonic() < end:
+    began = time.monotonic()
+    while True:
+        for at in range(0, len(b), 1 << 20):
+            b[at : at + (1 << 20) : 4096] = b"x" * 256
+        passes += 1
+        if time.monotonic() - began >= work:
+            break
+    took += time.monotonic() - began
+    time.sleep(rest)
+print(passes, took, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def paced(wrap: Managed, *what: tuple[int, float, float], seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
+    """Programs that go through so many MiB for so many seconds, and rest for so many, again and again; all have their memory, and have begun."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for one in what:
+            p = subprocess.Popen(wrap([sys.executable, "-c", PACE, *map(str, one), str(seconds)]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            running.append(p)
+            if not (p.stdout and p.stdout.readline()):
+                raise RuntimeError("it does not begin")
+        for p in running:
+            if p.stdin:
+                p.stdin.write("\\n")
+                p.stdin.flush()
+        yield running
+    finally:
+        for p in running:
+            p.kill()
+            p.wait(60)
+
+
+def spared(bench: Bench, seconds: float) -> list[Line]:
+    """A program that runs all the time beside one that sleeps most of it; RAM holds one and a half of them. kswapd without, and with what sched knows."""
+    found: dict[str, tuple[float, float]] = {}
+    for policy in ("two_list", "spare_running"):
+        bench.up("96M", "--swap", "512M", "-i", f"kswapd={policy}")
+        try:
+            bench.populated()
+            with paced(Side(bench).managed, (64, 0.0, 0.0), (48, 0.0, 2.0), seconds=seconds) as (runner, sleeper):
+                ran, slept = ([float(x) for x in p.communicate(timeout=seconds * 5 + 60)[0].split()] for p in (runner, sleeper))
+            found[policy] = ran[0] / seconds, slept[1] / slept[0] * 1e3
+        finally:
+            bench.sylvie("down")
+    (a, b), (c, d) = found["two_list"], found["spare_running"]
+    return [
+        ("passes of a program beside one that sleeps: kswapd two_list, spare_running", "1/s", a, c, ratio(c, a), ""),
+        ("… what the sleeper needs for a pass when it wakes", "ms", b, d, ratio(d, b), ""),
+    ]
+
+
+def near(bench: Bench, seconds: float) -> list[Line]:
+    """Of the times that programs are seen on a CPU, the share on the node that has most of their frames: RAM divided in two, four programs that work and rest."""
+    share = {}
+    for policy in ("fifo_per_cpu", "numa_aware"):
+        bench.up("256M", "--nodes", "2", "-i", f"sched={policy}")
+        try:
+            bench.populated()
+            with paced(Side(bench).managed, *[(16, 0.004, 0.004)] * 4, seconds=seconds), Control(bench.run_dir, 60) as control:
+                home, node_of, seen, here = {}, [], 0, 0
+                end = time.monotonic() + seconds - 1
+                frames, looked = _frames(bench), 0.0
+                node_of = control.request({"t": "status"})["topology"]["cpu_node"]
+                while time.monotonic() < end:
+                    if time.monotonic() - looked > 0.5:
+                        looked = time.monotonic()
+                        mapped = frames[frames["state"] == lib.SY_FRAME_MAPPED]
+                        home = {int(a): int(np.bincount(mapped["node"][mapped["asid"] == a], minlength=2).argmax()) for a in np.unique(mapped["asid"])}
+                    for task in control.request({"t": "sched"})["tasks"]:
+                        if task["on_cpu"] and task["asid"] in home:
+                            seen, here = seen + 1, here + (node_of[task["cpu"]] == home[task["asid"]])
+                    time.sleep(0.01)
+                share[policy] = here / max(1, seen)
+        finally:
+            bench.sylvie("down")
+    a, b = share["fifo_per_cpu"], share["numa_aware"]
+    return [("threads on the node that has their frames: fifo_per_cpu, numa_aware", "share", a, b, ratio(b, a), "")]
+
+
+def _frames(bench: Bench) -> np.ndarray:
+    """The frame table of the enclave that is up."""
+    return fetch_tables(bench.run_dir, lib.SY_C_SCHED).frames
+
+
 def measure(bench: Bench, policy: str = POLICY, loads: Sequence[float] = LOADS, seconds: float = SECONDS, rounds: int = ROUNDS) -> list[Line]:
     """Brings its own enclave up, and down. The table and the plots go to ``bench/results/sched.*`` and to standard output."""
     programs, side = compiled(bench.run_dir.parent), Side(bench)
@@ -384,9 +480,10 @@ def measure(bench: Bench, policy: str = POLICY, loads: Sequence[float] = LOADS, 
     try:
         runs = dispersive(programs, side, loads, seconds, rounds)
         report(runs)
-        return [*lines_of(points(runs)), *latencies(programs, side, seconds), *sustained(programs, side, seconds)]
+        lines = [*lines_of(points(runs)), *latencies(programs, side, seconds), *sustained(programs, side, seconds)]
     finally:
         bench.sylvie("down")
+    return [*lines, *spared(bench, max(10.0, seconds)), *near(bench, max(5.0, seconds))]
 
 
 def report(runs: Sequence[dict[str, Any]], directory: Path = HERE / "results") -> None:

@@ -656,6 +656,8 @@ class Gateway:
         pid = _u32(header, "pid")
         if self.no_sched:
             raise BusError(f"no threads can be scheduled: {self.no_sched}")
+        if own := next((c.name for c in self.components.values() if c.pid == pid and c.state != "down"), None):
+            raise BusError(f"process {pid} is {own}, which is not to be scheduled by it")
         why = {
             errno.ESRCH: f"there is no process {pid}", errno.EPERM: f"process {pid} is the gateway, or the first of all",
             errno.EINVAL: f"process {pid} is SCHED_DEADLINE: nothing goes before that", errno.ENOSPC: f"there are {lib.SY_MAX_TASKS} threads already",

@@ -202,9 +202,24 @@ def test_running_programs_come_and_go(enclave: Enclave) -> None:
         enclave.cli("sched", "remove", str(p.pid))
         after = {t: (os.sched_getscheduler(int(t)), os.sched_getaffinity(int(t)), os.getpriority(os.PRIO_PROCESS, int(t))) for t in before}
         assert after == before
-        for what, pid, why in (("remove", p.pid, "has no thread"), ("add", 4_000_000, "there is no process"), ("add", enclave.gateway_pid(), "is the gateway")):
+        for what, pid, why in (("remove", p.pid, "has no thread"), ("add", online(enclave), "not to be scheduled"), ("add", 4_000_000, "there is no process"), ("add", enclave.gateway_pid(), "is the gateway")):
             done = enclave.cli("sched", what, str(pid), ok=False)
             assert done.returncode == 1 and why in done.stderr, done
+    finally:
+        p.kill()
+        p.wait(10)
+
+
+def test_a_managed_program_is_given_later(enclave: Enclave) -> None:
+    """Its own threads, not those that serve its memory."""
+    p = enclave.popen([sys.executable, "-c", "import time\nprint(flush=True)\nfor _ in range(10**6): time.sleep(0.002)"])
+    try:
+        assert p.stdout and p.stdout.readline()
+        enclave.cli("sched", "add", str(p.pid))
+        wait_for(lambda: chosen(enclave, p.pid), 10, "nothing is chosen")
+        agree(enclave)
+        assert [t["tid"] for t in enclave.request(t="sched")["tasks"]] == [p.pid] and len(os.listdir(f"/proc/{p.pid}/task")) == 1 + 3
+        assert {os.sched_getparam(int(t)).sched_priority for t in os.listdir(f"/proc/{p.pid}/task")} >= {98}
     finally:
         p.kill()
         p.wait(10)

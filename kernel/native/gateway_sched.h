@@ -16,7 +16,6 @@
 #define HOUSEKEEPING_NS 50000000ull
 #define LOOK_NS 2000000000ull       /* a look at attributes that did not end was never begun */
 #define TIDS (1u << 22)             /* PID_MAX_LIMIT */
-#define NOT_OURS 0xffff             /* by_tid: a stub's service thread */
 #define LOOKS_HZ 500
 #define DOUBTS 16u                  /* each costs some 10 us */
 #define MAX_PERF 24
@@ -30,7 +29,7 @@ struct sched {
   struct sy_tasks *hdr;
   struct sy_cpu *cpu;
   struct sy_task *task;
-  uint16_t *by_tid;        /* [TIDS]: 1 + index of its status word; NOT_OURS */
+  uint16_t *by_tid;        /* [TIDS]: 1 + index of its status word; 0: not ours */
   uint16_t free[SY_MAX_TASKS];
   uint32_t nfree;
   uint32_t linger[SY_MAX_CPUS]; /* 1 + index of who was chosen there, has blocked, and has its attributes still: nothing else has been chosen there */
@@ -116,7 +115,7 @@ static void say_cpu(struct sy_gateway *g, int type, int cpu, uint64_t cookie) { 
 /* ---------------------------------------------------------------- status words */
 static struct sy_task *task_of(struct sched *s, uint32_t tid) {
   uint32_t i = tid < TIDS ? s->by_tid[tid] : 0;
-  return i && i != NOT_OURS ? &s->task[i - 1] : NULL;
+  return i ? &s->task[i - 1] : NULL;
 }
 static struct sy_task *task_by_gtid(struct sched *s, uint64_t gtid) {
   struct sy_task *t = gtid ? task_of(s, (uint32_t)(gtid >> SY_GTID_SHIFT & (TIDS - 1))) : NULL;
@@ -171,12 +170,21 @@ static void rings_on(struct sched *s, int on) {
   if (write(s->poke, &one, 8) < 0) { /* awake already */
   }
 }
+/* A stub's: nobody's to schedule. */
+static int is_service(struct sy_gateway *g, uint32_t tid) {
+  int found = 0;
+  pthread_mutex_lock(&g->lock);
+  for (uint32_t i = 0; i < g->nas && !found; i++)
+    for (int k = 0; k <= SY_SERVICE_THREADS; k++) found |= g->as[i]->tids[k] == tid;
+  pthread_mutex_unlock(&g->lock);
+  return found;
+}
 /* Takes a thread in. pid 0: of whatever process its parent's is not. 0 or -errno. */
 static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_task *parent) {
   struct sched *s = g->sched;
   struct stat_line l = {0};
   if (tid >= TIDS) return -EINVAL;
-  if (s->by_tid[tid]) return 0;
+  if (s->by_tid[tid] || is_service(g, tid)) return 0;
   if (read_stat(pid, tid, &l)) {
     if (!parent || read_stat(0, tid, &l)) return -ESRCH;
     pid = tid; /* a process of its own */
@@ -379,9 +387,7 @@ static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t curren
   else if (id == p->fork_id) {
     if ((t = task_of(s, (uint32_t)i32(raw, p->parent_pid)))) take_in(g, t->pid, (uint32_t)i32(raw, p->child_pid), t);
   } else if (id == p->exit_id) {
-    uint32_t tid = (uint32_t)i32(raw, p->exit_pid);
-    if (tid < TIDS && s->by_tid[tid] == NOT_OURS) s->by_tid[tid] = 0;
-    if ((t = task_of(s, tid))) let_out(g, t, SY_MSG_TASK_DEAD);
+    if ((t = task_of(s, (uint32_t)i32(raw, p->exit_pid)))) let_out(g, t, SY_MSG_TASK_DEAD);
   } else if (id == p->exec_id) { /* a thread that executes becomes its process's first */
     uint32_t tid = (uint32_t)i32(raw, p->exec_pid), old = (uint32_t)i32(raw, p->exec_old_pid);
     if (tid != old && (t = task_of(s, old))) {
@@ -725,7 +731,7 @@ int sy_gw_sched_remove(struct sy_gateway *g, uint32_t pid) {
   pthread_mutex_unlock(&s->lock);
   return n ? 0 : -ESRCH;
 }
-/* A stub's service thread: nobody's to schedule. */
+/* It is known now that this is a stub's service thread. */
 static void sched_not_ours(struct sy_gateway *g, uint32_t tid) {
   struct sched *s = g->sched;
   if (!s->nrings || tid >= TIDS) return;
@@ -735,7 +741,6 @@ static void sched_not_ours(struct sy_gateway *g, uint32_t tid) {
     }
     struct sy_task *t = task_of(s, tid);
     if (t) t->flags &= ~(uint32_t)SY_TF_TOUCHED, let_out(g, t, SY_MSG_TASK_DEPARTED);
-    s->by_tid[tid] = NOT_OURS;
   }
   pthread_mutex_unlock(&s->lock);
 }
