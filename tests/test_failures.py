@@ -356,7 +356,7 @@ for fd in fds:
         [sys.executable, "-c", code, own_enclave.run_dir / "gateway.sock"],
         cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
-    assert done.stdout == "refused " * 4, done  # header, frames, heat, slots
+    assert done.stdout == "refused " * 5, done  # header, frames, heat, slots, tasks
 
 
 # ---- the gateway ----

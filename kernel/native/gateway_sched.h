@@ -15,6 +15,7 @@
 #define LISTEN_AFTER_NS 20000000ull
 #define HOUSEKEEPING_NS 50000000ull
 #define LOOK_NS 2000000000ull       /* a look at attributes that did not end was never begun */
+#define ROOM 64u                    /* status words, of which it gets more at once */
 #define TIDS (1u << 22)             /* PID_MAX_LIMIT */
 #define LOOKS_HZ 500
 #define DOUBTS 16u                  /* each costs some 10 us */
@@ -31,7 +32,7 @@ struct sched {
   struct sy_task *task;
   uint16_t *by_tid;        /* [TIDS]: 1 + index of its status word; 0: not ours */
   uint16_t free[SY_MAX_TASKS];
-  uint32_t nfree;
+  uint32_t nfree, room;    /* status words that may be used: the file has blocks for so many */
   uint32_t linger[SY_MAX_CPUS]; /* 1 + index of who was chosen there, has blocked, and has its attributes still: nothing else has been chosen there */
   struct sy_tracepoints tp;
   struct ring *ring;
@@ -94,7 +95,7 @@ static int apply_choice(struct sy_task *t) {
 
 /* ---------------------------------------------------------------- messages */
 static int wants(struct sched *s, int type) { return (int)(s->wanted >> (type < SY_MSG_CPU_TICK ? type - SY_MSG_TASK_DEAD : 32 + type - SY_MSG_CPU_TICK) & 1); }
-static void say(struct sy_gateway *g, int type, struct sy_task *t, int cpu, struct sy_task_msg m) {
+static void tell_sched(struct sy_gateway *g, int type, struct sy_task *t, int cpu, struct sy_task_msg m) {
   struct sched *s = g->sched;
   union { struct sy_task_msg t; struct sy_msg m; } u = {.t = m};
   _Static_assert(sizeof u.t == sizeof u.m, "one in the place of the other");
@@ -109,8 +110,8 @@ static void say(struct sy_gateway *g, int type, struct sy_task *t, int cpu, stru
   s->hdr->messages++;
   if (wants(s, type)) event(g, u.m);
 }
-static void say_task(struct sy_gateway *g, int type, struct sy_task *t, int runnable) { say(g, type, t, t->cpu, (struct sy_task_msg){.runnable = (uint8_t)runnable, .nice = (int8_t)t->own_nice}); }
-static void say_cpu(struct sy_gateway *g, int type, int cpu, uint64_t cookie) { say(g, type, NULL, cpu, (struct sy_task_msg){.runtime = cookie, .last_cpu = (int16_t)cpu, .waker_cpu = -1}); }
+static void say_task(struct sy_gateway *g, int type, struct sy_task *t, int runnable) { tell_sched(g, type, t, t->cpu, (struct sy_task_msg){.runnable = (uint8_t)runnable, .nice = (int8_t)t->own_nice}); }
+static void say_cpu(struct sy_gateway *g, int type, int cpu, uint64_t cookie) { tell_sched(g, type, NULL, cpu, (struct sy_task_msg){.runtime = cookie, .last_cpu = (int16_t)cpu, .waker_cpu = -1}); }
 
 /* ---------------------------------------------------------------- status words */
 static struct sy_task *task_of(struct sched *s, uint32_t tid) {
@@ -189,7 +190,10 @@ static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_t
     if (!parent || read_stat(0, tid, &l)) return -ESRCH;
     pid = tid; /* a process of its own */
   }
-  if (!s->nfree && s->hdr->top == SY_MAX_TASKS) return s->hdr->full++, -ENOSPC;
+  if (!s->nfree && s->hdr->top == s->room) {
+    if (s->room == SY_MAX_TASKS || posix_fallocate(s->fd, SY_TASKS_TASK_OFF + (off_t)s->room * (off_t)sizeof *s->task, ROOM * sizeof *s->task)) return s->hdr->full++, -ENOSPC;
+    s->room += ROOM;
+  }
   uint32_t i = s->nfree ? s->free[--s->nfree] : s->hdr->top++;
   struct sy_task *t = &s->task[i];
   *t = (struct sy_task){.tid = tid, .pid = pid, .cpu = l.cpu, .run_cpu = -1, .parent = parent ? parent->gtid : 0, .switch_ns = now_ns()};
@@ -253,11 +257,11 @@ static void woke(struct sy_gateway *g, int waker, uint64_t when, uint32_t tid, i
   int16_t last = (int16_t)t->cpu;
   t->flags |= SY_TF_RUNNABLE, t->wake_ns = when, t->wake_runtime = t->runtime;
   if (cpu >= 0 && cpu < s->ncpu) t->cpu = cpu;
-  say(g, SY_MSG_TASK_WAKEUP, t, t->cpu, (struct sy_task_msg){.runtime = when, .last_cpu = last, .waker_cpu = (int16_t)waker, .runnable = 1, .nice = (int8_t)t->own_nice});
+  tell_sched(g, SY_MSG_TASK_WAKEUP, t, t->cpu, (struct sy_task_msg){.runtime = when, .last_cpu = last, .waker_cpu = (int16_t)waker, .runnable = 1, .nice = (int8_t)t->own_nice});
   if (t->flags & SY_TF_CHOSEN || !(t->flags & SY_TF_TOUCHED)) return;
   if (t->run_cpu < 0 || s->linger[t->run_cpu] != (uint32_t)(t - s->task) + 1) apply_choice(t); /* it waits; but for the last one there, while nobody else was chosen */
 }
-static void left(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int64_t state, int next_ours) {
+static void went_off(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int64_t state, int next_ours) {
   struct sched *s = g->sched;
   struct sy_task *t = task_of(s, tid);
   if (!t) return;
@@ -287,7 +291,7 @@ static void left(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int
   say_task(g, SY_MSG_TASK_BLOCKED, t, 0);
   if (free && t->run_cpu >= 0) say_cpu(g, SY_MSG_CPU_AVAILABLE, t->run_cpu, 0);
 }
-static void came(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int prio, uint32_t before) {
+static void came_on(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int prio, uint32_t before) {
   struct sched *s = g->sched;
   struct sy_cpu *c = &s->cpu[cpu];
   struct sy_task *t = task_of(s, tid);
@@ -374,14 +378,14 @@ static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t curren
   int id = kind;
   s->hdr->records++;
   if (!id) { /* as it should be; but some kernels lose what they trace while a CPU is idle, and so that it no longer is */
-    if ((t = task_of(s, current)) && s->cpu[cpu].on != t->gtid) came(g, cpu, when, current, 0, current);
+    if ((t = task_of(s, current)) && s->cpu[cpu].on != t->gtid) came_on(g, cpu, when, current, 0, current);
   } else if (id == p->switch_id) {
     int64_t state;
     memcpy(&state, raw + p->prev_state, 8);
     uint32_t prev = (uint32_t)i32(raw, p->prev_pid), next = (uint32_t)i32(raw, p->next_pid);
     int prio = i32(raw, p->next_prio);
-    left(g, cpu, when, prev, state, prio <= 99 - SY_PRIORITY_OWN);
-    came(g, cpu, when, next, prio, prev);
+    went_off(g, cpu, when, prev, state, prio <= 99 - SY_PRIORITY_OWN);
+    came_on(g, cpu, when, next, prio, prev);
   } else if (id == p->wakeup_id || id == p->wakeup_new_id)
     woke(g, cpu, when, (uint32_t)i32(raw, p->wake_pid), i32(raw, p->wake_cpu));
   else if (id == p->fork_id) {
@@ -493,7 +497,7 @@ static void resync_tasks(struct sy_gateway *g) {
     int runs = l.state == 'R';
     t->runtime = run_so_far(t->pid, t->tid), t->switch_ns = now_ns();
     if (runs && !(t->flags & SY_TF_RUNNABLE)) woke(g, -1, now_ns(), t->tid, l.cpu);
-    else if (!runs && t->flags & SY_TF_RUNNABLE) left(g, t->cpu < 0 ? 0 : t->cpu, now_ns(), t->tid, 1, 0);
+    else if (!runs && t->flags & SY_TF_RUNNABLE) went_off(g, t->cpu < 0 ? 0 : t->cpu, now_ns(), t->tid, 1, 0);
     t->flags &= ~(uint32_t)(runs ? 0 : SY_TF_ON_CPU);
   }
   for (uint32_t i = 0; i < top; i++)
@@ -807,7 +811,8 @@ static int sched_new(struct sy_gateway *g) {
   unlink(path);
   s->poke = -1, s->ro = -1;
   s->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (s->fd < 0 || posix_fallocate(s->fd, 0, SY_TASKS_BYTES) || (s->ro = open(path, O_RDONLY | O_CLOEXEC)) < 0) return -1;
+  if (s->fd >= 0 && (ftruncate(s->fd, SY_TASKS_BYTES) || (errno = posix_fallocate(s->fd, 0, SY_TASKS_TASK_OFF)))) return -1; /* (a page that the disk has no room for would be a signal) */
+  if (s->fd < 0 || (s->ro = open(path, O_RDONLY | O_CLOEXEC)) < 0) return -1;
   uint8_t *m = mmap(NULL, SY_TASKS_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
   if (m == MAP_FAILED || !(s->by_tid = calloc(TIDS, sizeof *s->by_tid))) return -1;
   s->hdr = (void *)m, s->cpu = (void *)(m + SY_TASKS_CPU_OFF), s->task = (void *)(m + SY_TASKS_TASK_OFF);
@@ -851,6 +856,13 @@ static int open_ring(struct sched *s, struct ring *r) {
   r->bells = m;
   return ioctl(r->bell[1], PERF_EVENT_IOC_SET_OUTPUT, r->bell[0]);
 }
+static void close_ring(struct ring *r) {
+  for (int k = 0; k < r->n; k++) close(r->fd[k]);
+  for (int k = 0; k < r->nbells; k++) close(r->bell[k]);
+  if (r->page) munmap(r->page, (RING_PAGES + 1) * PS);
+  if (r->bells) munmap(r->bells, 2 * PS);
+  *r = (struct ring){0};
+}
 int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
   struct sched *s = g->sched;
   cpu_set_t online;
@@ -865,9 +877,8 @@ int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
     r->cpu = i;
     if (open_ring(s, r)) {
       int e = errno;
-      for (int k = 0; k < r->n; k++) close(r->fd[k]);
-      for (int k = 0; k < r->nbells; k++) close(r->bell[k]);
-      if (e == ENODEV || e == ENXIO) { *r = (struct ring){0}; continue; } /* offline */
+      close_ring(r);
+      if (e == ENODEV || e == ENXIO) continue; /* offline */
       return s->nrings = 0, -e;
     }
     s->cpu[i].state = SY_CPU_ONLINE, s->cpu[i].seqnum = 1;
@@ -892,6 +903,8 @@ static void sched_stop(struct sy_gateway *g) {
     all_wait(g, 1);
   }
   pthread_mutex_unlock(&s->lock);
+  for (int i = 0; s->ring && i < s->ncpu; i++) close_ring(&s->ring[i]);
+  s->nrings = 0;
   char path[128];
   snprintf(path, sizeof path, "%s/tasks", g->run_dir);
   unlink(path); /* nobody has to be put right any more */

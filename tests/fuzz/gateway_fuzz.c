@@ -587,7 +587,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   MUST(G, "%s", err);
   snprintf(err, sizeof err, "%s/swap", dir);
   MUST(!sy_gw_set_swap(G, err, 256 * PS, FRAMES / 4), "no swap file");
-  MUST(!unlink(err) && !unlink(G->sock_path) && !rmdir(dir), "something is left in %s", dir); /* the names are needed no more, however this ends */
+  char tasks[64];
+  snprintf(tasks, sizeof tasks, "%s/tasks", dir);
+  MUST(!unlink(err) && !unlink(tasks) && !unlink(G->sock_path) && !rmdir(dir), "something is left in %s", dir); /* the names are needed no more, however this ends */
   for (uint32_t f = 0; f < FRAMES; f += CHUNK_FRAMES) populate_chunk(G, G->frames[f].node, f, -1);
   for (int i = 0; i < 4; i++) peer[i] = (struct peer){-1, -1, -1, 0};
   int fd = memfd_create("uffd", MFD_CLOEXEC);
