@@ -255,7 +255,7 @@ static void commit(void) {
   int done = sy_gw_commit(G, who, op, n);
   busy &= ~PYTHON;
   for (int i = 0; i < n; i++) {
-    MUST(op[i].result >= SY_R_COMPLETE && op[i].result <= SY_R_BUSY, "operation %u has result %u", op[i].op, op[i].result);
+    MUST(op[i].result >= SY_R_COMPLETE && op[i].result <= SY_R_POISONED, "operation %u has result %u", op[i].op, op[i].result);
     done -= op[i].result == SY_R_COMPLETE;
   }
   MUST(done == 0, "the number of completed operations is wrong by %d", done);
