@@ -42,6 +42,7 @@ from bus.tables import MAX_ORDER, Tables, buddyinfo, frames_by_state, free_block
 from bus.topics import MESSAGES, TOPIC_OF, TOPICS
 from kernel import host, topology
 from kernel.abi import MSG_DTYPE, dtype_of, ffi, lib, names
+from kernel.agent import StatusWord
 from kernel.heat import Monitor
 from kernel.providers import linux_sched
 
@@ -70,7 +71,6 @@ OF_SCHED = {v: v - lib.SY_MSG_TASK_DEAD for n, v in MESSAGES.items() if n.starts
     v: 32 + v - lib.SY_MSG_CPU_TICK for n, v in MESSAGES.items() if n.startswith("CPU_")
 }
 TASK_FLAGS = {bit: name.lower() for bit, name in names("SY_TF_").items()}
-SHOWN_CPUS = 1024
 MAX_WORD = 64  # numbers of one tunable
 MAX_WHY = 1000  # characters of a refusal
 MAX_DUMP = 1 << 16  # bytes
@@ -159,9 +159,7 @@ class Gateway:
                 raise BusError(f"config.json has {uid!r} among 'users': they are numbers")
             if lib.sy_gw_admit(self.gw, uid):
                 raise BusError(f"config.json has {len(users)} 'users': at most {lib.SY_MAX_USERS}")
-        self.tables = Tables(
-            *(fd(self.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd, lib.sy_gw_tasks_fd))
-        )
+        self.tables = tables_of(self.gw)
         heat_cpu = codec.field(config, "heat_cpu", float) if "heat_cpu" in config else 0.02
         if not 0 <= heat_cpu <= 1:
             raise BusError(f"config.json has 'heat_cpu': {heat_cpu}; it is a share of one core, 0 to 1")
@@ -683,8 +681,9 @@ class Gateway:
         for row in tasks[tasks["gtid"] != 0]:
             task: dict[str, Any] = {n: int(row[n]) for n in row.dtype.names if n not in ("pad", "own_mask")}
             task |= {name: bool(task["flags"] & bit) for bit, name in TASK_FLAGS.items()}
-            task["runtime_now"] = task["runtime"] + (now - task["switch_ns"] if task["on_cpu"] else 0)
-            task["own_cpus"] = [c for c in range(SHOWN_CPUS) if int(row["own_mask"][c // 64]) >> c % 64 & 1]
+            word = StatusWord(row)
+            task["runtime_now"] = word.runtime(now)
+            task["own_cpus"] = sorted(word.affinity())
             plain.append(task)
         cpus = [{"cpu": i} | {n: int(c[n]) for n in ("chosen", "on", "seqnum", "state")} for i, c in enumerate(t.cpus) if c["state"]]
         counters = {n: int(getattr(t.sched, n)) for n in ("count", "records", "messages", "lost", "resyncs", "runs", "refused", "fallbacks", "full")}
@@ -730,6 +729,11 @@ def _u32(header: dict[str, Any], name: str) -> int:
     if not 0 <= value < 1 << 32:
         raise BusError(f"{name!r} must be a number of 32 bits, not {value}")
     return value
+
+
+def tables_of(gw: Any) -> Tables:
+    """The tables of a ``struct sy_gateway *`` of this process."""
+    return Tables(*(fd(gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd, lib.sy_gw_tasks_fd)))
 
 
 def _bus_threads(pid: int) -> set[int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Enclave, wait_for
+from conftest import ROOT, Enclave, commit_as, wait_for
 
 from kernel.abi import OP_DTYPE, ffi, lib
 
@@ -200,25 +200,8 @@ def test_stopped_client_is_no_trouble(enclave: Enclave) -> None:
 
 @pytest.fixture
 def as_buddy(own_enclave: Enclave) -> Callable[..., list[str]]:
-    """Commits operations in buddy's name (which is stopped for that); returns the names of the results."""
-    from bus.client import Control
-    from kernel.abi import names
-
-    own_enclave.supervisorctl("stop", "buddy")
-    control = Control(own_enclave.run_dir, 10, "buddy")
-    control.request(
-        {"t": "hello", "name": "buddy", "implementation": "test", "abi": lib.SY_ABI_VERSION, "pid": os.getpid()}
-    )
-    result = names("SY_R_")
-
-    def commit(*ops: dict[str, int]) -> list[str]:
-        a = np.zeros(len(ops), OP_DTYPE)
-        for i, op in enumerate(ops):
-            for k, v in op.items():
-                a[i][k] = v
-        _, raw = control.exchange({"t": "txn", "name": "buddy"}, a.tobytes())
-        return [result[int(r)] for r in np.frombuffer(raw, OP_DTYPE)["result"]]
-
+    """``commit_as`` buddy."""
+    commit = commit_as(own_enclave, "buddy")
     commit.enclave = own_enclave  # type: ignore[attr-defined]
     return commit
 

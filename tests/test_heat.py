@@ -22,8 +22,8 @@ from test_swap import lost_nothing, natively, swapped, tables, waiting
 
 from bus.client import Control, subscriber
 from bus.codec import decode_batch
-from bus.tables import Tables
 from kernel.abi import FRAME_DTYPE, lib
+from kernel.gateway import tables_of
 from kernel.heat import Damon, Monitor, NotHere, PageIdle, runs, sources
 from sylvie.doctor import access_information
 
@@ -368,7 +368,7 @@ def test_from_damon_to_the_heat_array(damon: Path, root_dir: Path) -> None:
     run_dir = root_dir / "hd"
     run_dir.mkdir()
     r = Real(run_dir)
-    t = Tables(*(fd(r.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd, lib.sy_gw_tasks_fd)))
+    t = tables_of(r.gw)
     wait_for(lambda: t.header.populated == len(t.frames), 20, "RAM is not populated")
     c = Client(r)
     c.map(pfn := c.pop(4), 4, 16)

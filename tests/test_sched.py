@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from conftest import wait_for
 
-from bus.tables import Tables
 from kernel.abi import MSG_DTYPE, OP_DTYPE, TASK_MSG_DTYPE, ffi, lib, names
+from kernel.gateway import tables_of
 from kernel.providers import linux_sched
 
 MESSAGE = {value: name for value, name in names("SY_MSG_").items() if name.startswith(("TASK_", "CPU_"))}
@@ -42,7 +42,7 @@ class Sched:
         assert self.gw != ffi.NULL, ffi.string(why)
         assert lib.sy_gw_start(self.gw) == 0
         assert lib.sy_gw_sched_start(self.gw, linux_sched.tracepoints()) == 0
-        self.t = Tables(*(fd(self.gw) for fd in (lib.sy_gw_header_fd, lib.sy_gw_frames_fd, lib.sy_gw_heat_fd, lib.sy_gw_slots_fd, lib.sy_gw_tasks_fd)))
+        self.t = tables_of(self.gw)
         lib.sy_gw_sched_words(self.gw, ALL, 0)
         lib.sy_gw_sched_watchdog(self.gw, 60_000_000_000)  # (where it is not what is tested: this machine may be busy)
         self.events = np.zeros(512, MSG_DTYPE)
@@ -400,6 +400,12 @@ time.sleep(100)
 """
 
 
+def slept(pid: int, tid: int) -> tuple[int, int]:
+    """When (nanoseconds), and how often this thread had blocked, as the kernel counts."""
+    with open(f"/proc/{pid}/task/{tid}/status") as f:
+        return time.monotonic_ns(), int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)", f.read(), re.M)[1])  # type: ignore[index]
+
+
 def test_messages_come_in_the_kernels_own_order(s: Sched) -> None:
     """Per thread: blocked and woken as the kernel's trace of the same run has it, none left out, none twice."""
     trace = Trace()
@@ -413,10 +419,12 @@ def test_messages_come_in_the_kernels_own_order(s: Sched) -> None:
             tids = {int(t["tid"]) for t in s.t.tasks[s.t.tasks["gtid"] != 0]}
             assert len(tids) == 9
             got: list[np.void] = []
+            before = {tid: slept(pid, tid) for tid in tids}
             end = time.monotonic() + 1
             while time.monotonic() < end:
                 got += s.messages()
                 time.sleep(0.01)
+            after = {tid: slept(pid, tid) for tid in tids}
             trace.put("tracing_on", "0")
             time.sleep(0.05)
             got += s.messages()
@@ -457,7 +465,12 @@ def test_messages_come_in_the_kernels_own_order(s: Sched) -> None:
                 i, j, matched = i + 1, j + 1, matched + 1
             else:
                 i, j = (i + 1, j) if a[i] < b[j] else (i, j + 1)
-        assert matched > 0.99 * max(len(a), len(b)) - 2, (tid, matched, len(a), len(b))
+        assert matched > 0.99 * len(b) - 2, (tid, matched, len(a), len(b))
+        # What the kernel's trace does not have (virtual machines are known that trace little of an idle CPU, see docs/decisions/0017) is not invented: the kernel's own count of sleeps
+        # has no less.
+        (since, first), (until, last) = before[tid], after[tid]
+        between = sum(since <= w <= until for w in wakes)
+        assert between <= last - first + 2, (tid, between, last - first)
         compared += matched
     assert compared > 500, compared
 

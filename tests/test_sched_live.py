@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, ROOT, Enclave, bring_up, take_down, wait_for
+from conftest import PROGRAMS, ROOT, Enclave, bring_up, commit_as, take_down, wait_for
 
 from bus.client import Control
-from kernel.abi import OP_DTYPE, lib, names
+from kernel.abi import lib
 from sylvie.life import implementations
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -225,6 +225,7 @@ def test_a_managed_program_is_given_later(enclave: Enclave) -> None:
         p.wait(10)
 
 
+@pytest.mark.alone  # (beside it others have what the kernel keeps for what is not real-time)
 def test_runaway_threads_lock_nobody_out(enclave: Enclave) -> None:
     spin = f"import os, sys\nfor _ in range({2 * len(CPUS)}):\n    if not os.fork():\n        while True: pass\nprint(flush=True); sys.stdin.readline(); os.killpg(0, 9)"
     p = enclave.popen([sys.executable, "-c", spin], "--sched", stdin=subprocess.PIPE, start_new_session=True)
@@ -298,25 +299,13 @@ def test_down_with_a_program_running(root_dir: Path) -> None:
 @pytest.fixture
 def as_sched(enclave: Enclave) -> Iterator[Callable[..., list[str]]]:
     """Commits in sched's name, which is stopped meanwhile."""
-    enclave.supervisorctl("stop", "sched")
-    control = Control(enclave.run_dir, 10, "sched")
-    control.request({"t": "hello", "name": "sched", "implementation": "test", "abi": lib.SY_ABI_VERSION, "pid": os.getpid(), "words": {"messages": [64], "tick": [0]}})
-    result = names("SY_R_")
-
-    def commit(*ops: dict[str, int]) -> list[str]:
-        a = np.zeros(len(ops), OP_DTYPE)
-        for i, op in enumerate(ops):
-            for k, v in ({"op": lib.SY_OP_RUN, "pfn": lib.SY_ANY_CPU} | op).items():
-                a[i][k] = v
-        _, raw = control.exchange({"t": "txn", "name": "sched"}, a.tobytes())
-        return [result[int(r)] for r in np.frombuffer(raw, OP_DTYPE)["result"]]
-
-    yield commit
-    control.close()
+    commit = commit_as(enclave, "sched", words={"messages": [64], "tick": [0]})
+    yield lambda *ops: commit(*({"op": lib.SY_OP_RUN, "pfn": lib.SY_ANY_CPU} | op for op in ops))
     enclave.supervisorctl("start", "sched")
     online(enclave)
 
 
+@pytest.mark.alone  # (beside it others have what the kernel keeps for what is not real-time)
 def test_faults_do_not_wait_for_what_is_chosen(enclave: Enclave, as_sched: Callable[..., list[str]]) -> None:
     """Service threads go before whatever may be chosen; else a fault takes as long as the kernel lets real-time threads keep all others from a CPU, 950 ms."""
     code = f"""

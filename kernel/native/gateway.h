@@ -34,7 +34,8 @@ struct sy_tracepoints {
 };
 /* From here on sched may have threads. After sy_gw_start. 0 or -errno. */
 int sy_gw_sched_start(struct sy_gateway *gw, const struct sy_tracepoints *tp);
-/* A process, with all its threads, and whatever they start. 0, -ENOSYS (sy_gw_sched_start was not called), -ESRCH, -EPERM (not that one), -EINVAL (SCHED_DEADLINE), -ENOSPC. */
+/* A process, with all its threads, and whatever they start. 0, -ENOSYS (sy_gw_sched_start was not called), -ESRCH, -EPERM (not that one), -EINVAL (SCHED_DEADLINE), -ENOSPC; or why the kernel's
+ * events cannot be read, which begins with the first. */
 int sy_gw_sched_add(struct sy_gateway *gw, uint32_t pid);
 int sy_gw_sched_remove(struct sy_gateway *gw, uint32_t pid);
 /* What sched handles: bit type - 64 of a task's messages, 32 + type - 128 of a CPU's; and microseconds between two CPU_TICK, 0: none. */

@@ -162,14 +162,18 @@ static int learn_own(struct sched *s, struct sy_task *t) {
   t->own_nice = real_time((int)a.policy) ? nice_of(t->tid, 0) : a.nice, t->own_slice = a.runtime == s->default_slice ? 0 : a.runtime;
   return 0;
 }
-static void rings_on(struct sched *s, int on) {
+/* The reader is to look what there is to do. */
+static void wake_reader(struct sched *s) {
   uint64_t one = 1;
+  if (s->poke >= 0 && write(s->poke, &one, 8) < 0) { /* awake already */
+  }
+}
+static void rings_on(struct sched *s, int on) {
   if (s->enabled == on) return;
   for (int i = 0; i < s->nrings; i++)
     for (int k = 0; k < s->ring[i].n; k++) ioctl(s->ring[i].fd[k], on ? PERF_EVENT_IOC_ENABLE : PERF_EVENT_IOC_DISABLE, 0);
   s->enabled = on;
-  if (write(s->poke, &one, 8) < 0) { /* awake already */
-  }
+  wake_reader(s);
 }
 /* A stub's: nobody's to schedule. */
 static int is_service(struct sy_gateway *g, uint32_t tid) {
@@ -180,7 +184,7 @@ static int is_service(struct sy_gateway *g, uint32_t tid) {
   pthread_mutex_unlock(&g->lock);
   return found;
 }
-/* Takes a thread in. pid 0: of whatever process its parent's is not. 0 or -errno. */
+/* Takes a thread in: of process pid, or, if its parent began a process, of its own. 0 or -errno. */
 static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_task *parent) {
   struct sched *s = g->sched;
   struct stat_line l = {0};
@@ -221,13 +225,12 @@ static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_t
 }
 static void not_chosen(struct sy_gateway *g, struct sy_task *t) {
   struct sched *s = g->sched;
-  if (t->run_cpu >= 0 && s->cpu[t->run_cpu].chosen == t->gtid) {
-    __atomic_store_n(&s->cpu[t->run_cpu].chosen, 0, __ATOMIC_RELEASE);
-  }
+  if (t->run_cpu >= 0 && s->cpu[t->run_cpu].chosen == t->gtid) __atomic_store_n(&s->cpu[t->run_cpu].chosen, 0, __ATOMIC_RELEASE);
   t->flags &= ~(uint32_t)(SY_TF_CHOSEN | SY_TF_STANDING | SY_TF_SEND_ON_CPU);
 }
+static int lingers(struct sched *s, const struct sy_task *t) { return t->run_cpu >= 0 && s->linger[t->run_cpu] == (uint32_t)(t - s->task) + 1; }
 static void no_linger(struct sched *s, struct sy_task *t) {
-  if (t->run_cpu >= 0 && s->linger[t->run_cpu] == (uint32_t)(t - s->task) + 1) s->linger[t->run_cpu] = 0;
+  if (lingers(s, t)) s->linger[t->run_cpu] = 0;
 }
 /* Not ours any more. */
 static void let_out(struct sy_gateway *g, struct sy_task *t, int type) {
@@ -259,7 +262,7 @@ static void woke(struct sy_gateway *g, int waker, uint64_t when, uint32_t tid, i
   if (cpu >= 0 && cpu < s->ncpu) t->cpu = cpu;
   tell_sched(g, SY_MSG_TASK_WAKEUP, t, t->cpu, (struct sy_task_msg){.runtime = when, .last_cpu = last, .waker_cpu = (int16_t)waker, .runnable = 1, .nice = (int8_t)t->own_nice});
   if (t->flags & SY_TF_CHOSEN || !(t->flags & SY_TF_TOUCHED)) return;
-  if (t->run_cpu < 0 || s->linger[t->run_cpu] != (uint32_t)(t - s->task) + 1) apply_choice(t); /* it waits; but for the last one there, while nobody else was chosen */
+  if (!lingers(s, t)) apply_choice(t); /* it waits; but for the last one there, while nobody else was chosen */
 }
 static void went_off(struct sy_gateway *g, int cpu, uint64_t when, uint32_t tid, int64_t state, int next_ours) {
   struct sched *s = g->sched;
@@ -460,25 +463,21 @@ static int read_rings(struct sy_gateway *g) {
   }
   return later;
 }
-/* Records were lost: /proc is the truth. Threads that have ended, states, and threads that began (children of processes of ours that have ended meanwhile
- * cannot be told from others'; their programs' registration can, see adopt). */
-static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *parent, int depth) {
-  char p[64];
+/* Records were lost: /proc is the truth. Threads that have ended, states, and threads and processes that began (but for those of processes that have ended meanwhile: whose they were
+ * nobody can tell). */
+static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *parent) {
+  char p[64], c[300];
   snprintf(p, sizeof p, "/proc/%u/task", pid);
   DIR *d = opendir(p);
-  struct dirent *e;
-  while (d && (e = readdir(d))) {
-    uint32_t tid = (uint32_t)atoi(e->d_name);
-    char c[300], list[4096];
+  for (struct dirent *e; d && (e = readdir(d));) {
+    uint32_t tid = (uint32_t)atoi(e->d_name), child;
     if (!tid) continue;
     take_in(g, pid, tid, parent);
     snprintf(c, sizeof c, "/proc/%u/task/%u/children", pid, tid);
-    int fd = depth ? open(c, O_RDONLY | O_CLOEXEC) : -1;
-    ssize_t n = fd < 0 ? 0 : read(fd, list, sizeof list - 1);
-    if (fd >= 0) close(fd);
-    list[n > 0 ? n : 0] = 0;
-    for (char *q = list, *end; (pid = (uint32_t)strtoul(q, &end, 10)) && end != q; q = end) take_in_all(g, pid, parent, depth - 1);
-    pid = (uint32_t)atoi(p + 6);
+    FILE *f = fopen(c, "re");
+    while (f && fscanf(f, "%u", &child) == 1)
+      if (!task_of(g->sched, child)) take_in_all(g, child, parent); /* (those that are known have their own turn) */
+    if (f) fclose(f);
   }
   if (d) closedir(d);
 }
@@ -501,7 +500,7 @@ static void resync_tasks(struct sy_gateway *g) {
     t->flags &= ~(uint32_t)(runs ? 0 : SY_TF_ON_CPU);
   }
   for (uint32_t i = 0; i < top; i++)
-    if (s->task[i].gtid) take_in_all(g, s->task[i].pid, &s->task[i], 1);
+    if (s->task[i].gtid) take_in_all(g, s->task[i].pid, &s->task[i]);
 }
 
 /* ---------------------------------------------------------------- the watchdog, and time */
@@ -642,7 +641,7 @@ static uint32_t carry_out(struct sy_gateway *g, const struct sy_op *op, struct s
     if (had & SY_TF_TOUCHED) apply_choice(t);
     return SY_R_COMPLETE;
   }
-  same = had & SY_TF_TOUCHED && (had & SY_TF_CHOSEN || (t->run_cpu >= 0 && s->linger[t->run_cpu] == (uint32_t)(t - s->task) + 1)) && t->run_cpu == cpu && t->rank == rank;
+  same = had & SY_TF_TOUCHED && (had & SY_TF_CHOSEN || lingers(s, t)) && t->run_cpu == cpu && t->rank == rank;
   not_chosen(g, t), no_linger(s, t);
   t->run_cpu = cpu, t->rank = rank;
   t->flags |= SY_TF_CHOSEN | (flags & SY_RUN_STANDING ? SY_TF_STANDING : 0) | (flags & SY_RUN_SEND_ON_CPU && !(had & SY_TF_ON_CPU && t->cpu == cpu) ? SY_TF_SEND_ON_CPU : 0);
@@ -682,9 +681,7 @@ static void commit_run(struct sy_gateway *g, struct sy_op *ops, int n) {
       if (op->op == SY_OP_TIMER) {
         op->result = op->pfn >= (uint32_t)s->ncpu ? SY_R_INVALID_CPU : SY_R_COMPLETE;
         if (op->result == SY_R_COMPLETE) s->timer_ns[op->pfn] = op->barrier ? now_ns() + op->barrier * 1000ull : 0, s->timer_cookie[op->pfn] = op->arg;
-        uint64_t one = 1;
-        if (write(s->poke, &one, 8) < 0) { /* awake already */
-        }
+        wake_reader(s);
       } else if (op->op == SY_OP_RUN && (op->result = check_run(s, op, &t)) == SY_R_COMPLETE) op->result = carry_out(g, op, t);
     } else
       for (int k = i; k < end; k++) {
@@ -701,6 +698,7 @@ static void commit_run(struct sy_gateway *g, struct sy_op *ops, int n) {
 }
 
 /* ---------------------------------------------------------------- who is in */
+static int open_rings(struct sy_gateway *g);
 /* A process, with all its threads. 0 or -errno. */
 int sy_gw_sched_add(struct sy_gateway *g, uint32_t pid) {
   struct sched *s = g->sched;
@@ -708,11 +706,12 @@ int sy_gw_sched_add(struct sy_gateway *g, uint32_t pid) {
   char p[64];
   struct dirent *e;
   int r = 0, n = 0;
-  if (!s->nrings) return -ENOSYS;
+  if (s->poke < 0) return -ENOSYS;
   if (pid == (uint32_t)getpid() || pid < 2) return -EPERM;
   if (read_stat(pid, pid, &l)) return -ESRCH;
   snprintf(p, sizeof p, "/proc/%u/task", pid);
   pthread_mutex_lock(&s->lock);
+  if ((r = open_rings(g))) return pthread_mutex_unlock(&s->lock), r;
   rings_on(s, 1);
   for (int again = 2; again--;) { /* twice: those that began meanwhile, by one that was not ours yet */
     DIR *d = opendir(p);
@@ -769,9 +768,7 @@ void sy_gw_sched_words(struct sy_gateway *g, uint64_t wanted, uint32_t tick_us) 
   pthread_mutex_lock(&s->lock);
   s->wanted = wanted, s->tick_ns = tick_us * 1000ull, s->next_tick = now_ns() + s->tick_ns, s->hdr->alive_ns = now_ns();
   pthread_mutex_unlock(&s->lock);
-  uint64_t one = 1;
-  if (s->poke >= 0 && write(s->poke, &one, 8) < 0) { /* awake already */
-  }
+  wake_reader(s);
 }
 void sy_gw_sched_watchdog(struct sy_gateway *g, uint64_t ns) { g->sched->hdr->watchdog_ns = ns; }
 int sy_gw_tasks_fd(struct sy_gateway *g) { return g->sched->ro; }
@@ -863,38 +860,48 @@ static void close_ring(struct ring *r) {
   if (r->bells) munmap(r->bells, 2 * PS);
   *r = (struct ring){0};
 }
-int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
+/* When the first thread is given: to open and close so many events takes the kernel the better part of a second, which nobody else should wait for (under lock). 0 or -errno. */
+static int open_rings(struct sy_gateway *g) {
   struct sched *s = g->sched;
-  cpu_set_t online;
-  s->tp = *tp;
-  s->ncpu = (int)sysconf(_SC_NPROCESSORS_CONF);
-  if (s->ncpu > SY_MAX_CPUS) s->ncpu = SY_MAX_CPUS;
-  s->ring = calloc((size_t)s->ncpu, sizeof *s->ring), s->poll = calloc((size_t)s->ncpu + 1, sizeof *s->poll);
-  s->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (!s->ring || !s->poll || s->poke < 0 || sched_getaffinity(0, sizeof online, &online)) return -errno;
-  for (int i = 0; i < s->ncpu; i++) {
+  for (int i = 0; i < s->ncpu && !s->have_thread; i++) {
     struct ring *r = &s->ring[s->nrings];
     r->cpu = i;
     if (open_ring(s, r)) {
       int e = errno;
       close_ring(r);
       if (e == ENODEV || e == ENXIO) continue; /* offline */
-      return s->nrings = 0, -e;
+      while (s->nrings) close_ring(&s->ring[--s->nrings]);
+      return -e;
     }
     s->cpu[i].state = SY_CPU_ONLINE, s->cpu[i].seqnum = 1;
     s->poll[s->nrings++] = (struct pollfd){.fd = r->bell[0], .events = POLLIN};
   }
+  if (s->have_thread) return 0;
   s->poll[s->nrings] = (struct pollfd){.fd = s->poke, .events = POLLIN};
-  int r = pthread_create(&s->thread, NULL, rings_thread, g);
-  s->have_thread = !r;
-  return -r;
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old); /* signals are for Python's main thread */
+  int e = pthread_create(&s->thread, NULL, rings_thread, g);
+  pthread_sigmask(SIG_SETMASK, &old, NULL);
+  s->have_thread = !e;
+  while (e && s->nrings) close_ring(&s->ring[--s->nrings]);
+  return -e;
+}
+int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
+  struct sched *s = g->sched;
+  s->tp = *tp;
+  s->ncpu = (int)sysconf(_SC_NPROCESSORS_CONF);
+  if (s->ncpu > SY_MAX_CPUS) s->ncpu = SY_MAX_CPUS;
+  s->ring = calloc((size_t)s->ncpu, sizeof *s->ring), s->poll = calloc((size_t)s->ncpu + 1, sizeof *s->poll);
+  s->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  return !s->ring || !s->poll || s->poke < 0 ? -errno : 0;
 }
 static void sched_stop(struct sy_gateway *g) {
   struct sched *s = g->sched;
   if (!s) return;
   __atomic_store_n(&s->stopping, 1, __ATOMIC_RELEASE);
-  uint64_t one = 1;
-  if (s->have_thread && (write(s->poke, &one, 8) < 0 || !pthread_join(s->thread, NULL))) s->have_thread = 0;
+  wake_reader(s);
+  if (s->have_thread) pthread_join(s->thread, NULL), s->have_thread = 0;
   if (!s->hdr) return;
   pthread_mutex_lock(&s->lock);
   if (s->nrings) {
