@@ -31,8 +31,8 @@ class Raw:
 
     def __init__(self, e: Enclave) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.connect(str(e.run_dir / "gateway.sock"))  # (with a timeout it would not wait where many wait already: EAGAIN)
         self.sock.settimeout(10)
-        self.sock.connect(str(e.run_dir / "gateway.sock"))
 
     def __enter__(self) -> Raw:
         return self

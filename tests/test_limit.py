@@ -208,7 +208,7 @@ def test_programs(enclave: Enclave) -> None:
             assert (done.stdout, done.returncode) == (want, 0)
 
 
-@pytest.mark.parametrize("what", ["in_libc", "past_libc", "forks", "protects", "moves_out"])
+@pytest.mark.parametrize("what", ["in_libc", "past_libc", "forks", "protects", "moves_out", "moves_out_unreadable"])
 def test_memory_asked_for_in_one_piece(enclave: Enclave, compiled: Callable[[str], Path], what: str) -> None:
     """More than the limit, by one call: what fills it must not keep what is to leave from leaving. And forks, and calls
     on those very pages, while threads wait for frames."""

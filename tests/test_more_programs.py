@@ -548,11 +548,13 @@ def test_a_thousand_processes(enclave: Enclave, build: Build) -> None:
         assert p.stdin and p.stdout
         for _ in range(100):
             assert p.stdout.readline() == "there\n"
-        assert len([a for a in enclave.status()["address_spaces"] if a["mapped"] >= 256]) >= 100
+        wait_for(lambda: len([a for a in enclave.status()["address_spaces"] if a["mapped"] >= 256]) >= 100, 10, "not all have their memory")
         enclave.check()
         p.stdin.close()
         assert p.stdout.read() == "intact\n" * 100 and p.wait(20) == 0
     finally:
+        if p.stdin:
+            p.stdin.close()  # for what bash has started
         p.kill()
         p.wait(10)
     nothing_leaked(enclave)

@@ -103,6 +103,34 @@ def test_limits_that_limit_nothing_release_nothing(enclave: Enclave) -> None:
     assert released(enclave) == before
 
 
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_limit_for_another_process(enclave: Enclave, when: str) -> None:
+    """That process's memory becomes native, whatever it has itself at the address where its limit lies in the memory of who limits it. One that has not even joined
+    (its parent was quicker) copies what it shares into native memory, as there is no room for other mappings."""
+    before = released(enclave)
+    code = f"""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+b, limit, (r, w), (rr, ww) = bytearray(8 << 20), (ctypes.c_uint64 * 2)(2**64 - 1, 2**64 - 1), os.pipe(), os.pipe()
+if not (pid := os.fork()):
+    b[0] = 1  # its own now
+    os.write(ww, b"x")
+    os.read(r, 1)
+    c = bytearray(b"y") * (10 << 20)
+    try: bytearray(900 << 20); print("too much", flush=True)
+    except MemoryError: print("MemoryError", c.count(b"y"), flush=True)
+    os._exit(0)
+limit[0] = limit[1] = 700 << 20
+if {when == "later"}: os.read(rr, 1)
+assert libc.prlimit(pid, 9, limit, None) == 0, ctypes.get_errno()
+os.write(w, b"x")
+print(os.waitpid(pid, 0)[1])
+"""
+    assert both(enclave, [sys.executable, "-c", code]) == "MemoryError 10485760\n0\n"
+    if when == "later":
+        assert released(enclave) == before + 1
+
+
 BUSY = """
 import hashlib, random, sys, threading
 stop, bad = False, []

@@ -674,16 +674,20 @@ def test_a_page_goes_while_it_is_to_be_merged() -> None:
 
 @pytest.mark.timeout(600)
 def test_everything_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """10,000 steps, in which everything occurs."""
-    life = drive(Enclave, 10_000)
-    assert life.steps >= 10_000
-    for code in MAY:
-        assert life.seen[f"{code} COMPLETE"] and life.seen[f"{code} NOT_PERMITTED"], (code, life.seen)
-    for message in ("MM_FORK", "MM_EXEC", "MM_EXIT", "OOM", "PAGE_COW", "PAGE_HINT", "PAGE_REFAULT", "PAGE_PREFETCHED", "PAGE_MERGED",
-                    "PAGE_MIGRATED", "PAGE_COLLAPSED", "MOVE_REFUSED", "MERGE_REFUSED", "WATERMARK"):  # fmt: skip
-        assert life.seen[message], (message, life.seen)
+    """10,000 steps, in which everything occurs: what is rare may need some more."""
+    wanted = {f"{code} {result}" for code in MAY for result in ("COMPLETE", "NOT_PERMITTED")} | {
+        "MM_FORK", "MM_EXEC", "MM_EXIT", "OOM", "PAGE_COW", "PAGE_HINT", "PAGE_REFAULT", "PAGE_PREFETCHED", "PAGE_MERGED",
+        "PAGE_MIGRATED", "PAGE_COLLAPSED", "MOVE_REFUSED", "MERGE_REFUSED", "WATERMARK",
+    }  # fmt: skip
+    steps, seen = 0, Counter[str]()
+    for least in (10_000, 5_000, 5_000):
+        if steps and wanted <= set(seen):
+            break
+        life = drive(Enclave, least)
+        steps, seen = steps + life.steps, seen + life.seen
+    assert steps >= 10_000 and wanted <= set(seen), (wanted - set(seen), seen)
     with capsys.disabled():
-        print(f" {life.steps} steps", end="")
+        print(f" {steps} steps", end="")
 
 
 @pytest.mark.soak

@@ -459,6 +459,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
     if (!as_of_process(g, pid)) mark(g, pid);
     break;
   case SYS_prlimit64: /* may be meant for somebody else: of the same user, or the kernel will say no */
+    if ((pid_t)u.n.data.args[0] == pid) u.n.data.args[0] = 0;
     if (u.n.data.args[0]) {
       long caller = status_field(g, pid, "\nUid:");
       pid = (pid_t)u.n.data.args[0];

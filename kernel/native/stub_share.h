@@ -144,11 +144,17 @@ static void copy_on_write(int me, uint64_t p) {
   if (n < 1ull << got) post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn + (uint32_t)n, (1ull << got) - n, 0, 0, 1);
   long r = SYS(__NR_pread64, fd_ram[od], unpacked[me], n * PS, (uint64_t)(old - node[od].base) * PS, 0) == (long)(n * PS) &&
            SYS(__NR_pwrite64, fd_ram[nd], unpacked[me], n * PS, (uint64_t)(pfn - node[nd].base) * PS, 0) == (long)(n * PS) ? map_frames(p, pfn, n, prot) : -EIO;
-  if (r < 0) { /* too many mappings: again */
+  if (r < 0) { /* too many mappings, or a limit of its address space that was there before us: in the kernel's memory, which needs no other mapping; but for a FORKED one, again */
     post(SY_MSG_PAGE_FREED, SY_ARENA_PAGES, pfn, n, 0, 0, 1);
     STORE(ctl->in_hand[me], SY_NO_FRAME);
-    shared_again(p, n, w);
-    leave_reading(me), nap(1000);
+    int own = r != -EIO && !(w & SY_PTE_FORKED) && !own_copy(p, unpacked[me]);
+    if (own) {
+      post(SY_MSG_PAGE_FREED, p, old, 1, 0, 0, 0);
+      __atomic_fetch_add(&ctl->pages_native, 1, __ATOMIC_RELAXED);
+      STORE(pte[p], SY_PTE_NATIVE | (w & (W_KPROT | SY_PTE_MLOCKED)));
+    }
+    shared_again(p + (uint64_t)own, n - (uint64_t)own, w + ((uint64_t)own << SY_PTE_PFN_SHIFT));
+    if (!own) leave_reading(me), nap(1000);
     return wake(p, n);
   }
   post(SY_MSG_PAGE_COW, p, pfn, n, 0, old, 0);

@@ -634,6 +634,9 @@ static void uncharge_untouched(uint64_t p, uint64_t n) {
   }
   committed -= bits(charged, from, p + n - from, CLEAR);
 }
+static void set_prot(uint64_t p, uint64_t n, int prot) {
+  for (uint64_t i = p; i < p + n; i++) attr[i] = (uint8_t)((attr[i] & ~(7 << 1)) | ((prot & 7) << 1));
+}
 static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pkey) {
   if (addr % PS) return -EINVAL;
   uint64_t p = PAGE(addr), n = UP(size) / PS;
@@ -655,7 +658,7 @@ static long do_mprotect(uintptr_t addr, uint64_t size, int prot, long nr, int pk
         for (uint64_t j = i; j < i + k; j++)
           if (!bits(noreserve, j, 1, LOOK)) charge(j, 1);
     }
-    for (uint64_t j = i; j < i + k; j++) attr[j] = (uint8_t)((attr[j] & ~(7 << 1)) | ((prot & 7) << 1));
+    set_prot(i, k, prot);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     long r = foreign ? SYS(__NR_mprotect, VA(i), k * PS, prot, 0, 0) : set_kernel_prot(i, k, prot);
     if (r) return r;
@@ -834,13 +837,14 @@ static long move_out(uint64_t p, uint64_t n, uint64_t m, long flags, uintptr_t t
   if (to % PS) return -EINVAL;
   long r = sys_mmap(to, m * PS, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
   if (r < 0 && r > -4096) return r;
-  if (!(prot & PROT_READ)) set_kernel_prot(p, n, PROT_READ);
+  if (!(prot & PROT_READ)) set_prot(p, n, PROT_READ), set_kernel_prot(p, n, PROT_READ); /* also for what comes back from the store */
   for (uint64_t end = p + (n < m ? n : m), i = next_used(p, end); i < end; i = next_used(i + 1, end))
     if (!untouched(LOAD(pte[i]))) {
       if (in_command_thread()) be_there(i, 0); /* (past libc) */
       memcpy((void *)(to + (i - p) * PS), (void *)VA(i), PS);
     }
   if (prot != RW) SYS(__NR_mprotect, to, m * PS, prot, 0, 0);
+  set_prot(p, n, prot);
   if (flags & MREMAP_DONTUNMAP) evict(p, n);
   else unmap_pages(p, n);
   return (long)to;

@@ -102,10 +102,13 @@ int main(int argc, char **argv) {
     printf("protected\n");
     return 0;
   }
-  if (!strcmp(argv[1], "moves_out")) {
+  if (!strncmp(argv[1], "moves_out", 9)) {
+    int unreadable = argv[1][9];
     volatile char *m = map(n, 0), *to = mmap(0, n, PROT_NONE, ANON | MAP_NORESERVE | MAP_STACK, -1, 0); /* (not of the enclave) */
     number(m, n);
+    if (unreadable) mprotect((void *)m, n, PROT_NONE);
     printf("moved: %d", mremap((void *)m, n, n, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) == (void *)to);
+    if (unreadable) mprotect((void *)to, n, RW);
     printf(" wrong: %lu\n", wrong(to, n, 0));
     return 0;
   }
