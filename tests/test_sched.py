@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import wait_for
 
@@ -270,22 +271,39 @@ def test_without_sched_all_wait_within_the_watchdogs_time(s: Sched) -> None:
 
 
 def test_a_gateway_that_was_killed_leaves_what_puts_them_right(root_dir: Path) -> None:
+    """Also those that were started meanwhile, by threads that it had put on a CPU."""
     run_dir = root_dir / "sk"
     run_dir.mkdir()
-    with child(SLEEPER, "nice", "-n", "5") as pid, child(SLEEPER, "taskset", "-c", str(CPUS[0])) as second:
-        before = [attributes(p) for p in (pid, second)]
+    starts = (
+        "import signal, subprocess, threading, time\ndef start(*_):\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()\n"
+        "    subprocess.Popen(['sh', '-c', 'sleep 100 & wait'], start_new_session=True)\nsignal.signal(signal.SIGUSR1, start)\n"
+    )
+    with child(SLEEPER, "nice", "-n", "5") as pid, child(SLEEPER, "taskset", "-c", str(CPUS[0])) as second, child(starts + SLEEPER) as parent:
+        all_three = pid, second, parent
+        before = [attributes(p) for p in all_three]
         code = (
-            f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfrom test_sched import Sched, lib\ns = Sched(Path({str(run_dir)!r}))\n"
-            f"for p in ({pid}, {second}): assert s.add(p) == 0; assert s.run(p, flags=lib.SY_RUN_STANDING) == 'COMPLETE'\nprint(flush=True)\ntime.sleep(100)"
+            f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfrom test_sched import CPUS, Sched, lib\ns = Sched(Path({str(run_dir)!r}))\n"
+            f"for p in {all_three}: assert s.add(p) == 0; assert s.run(p, CPUS[0] if p == {parent} else lib.SY_ANY_CPU, flags=lib.SY_RUN_STANDING) == 'COMPLETE'\nprint(flush=True)\ntime.sleep(100)"
         )
-        with child(code) as gateway:
-            assert attributes(pid)[0] & os.SCHED_FIFO and attributes(second)[0] & os.SCHED_FIFO
-            os.kill(gateway, signal.SIGKILL)
-            time.sleep(0.1)
-            assert attributes(pid)[0] & os.SCHED_FIFO
-            assert lib.sy_sched_restore(str(run_dir / "tasks").encode()) == 2
-            assert [attributes(p) for p in (pid, second)] == before
-            assert lib.sy_sched_restore(str(run_dir / "tasks").encode()) == 0
+        heirs: list[int] = []
+        try:
+            with child(code) as gateway:
+                assert all(attributes(p)[0] & os.SCHED_FIFO for p in all_three)
+                os.kill(gateway, signal.SIGKILL)
+                time.sleep(0.1)
+                assert all(attributes(p)[0] & os.SCHED_FIFO for p in all_three)
+                os.kill(parent, signal.SIGUSR1)
+                wait_for(lambda: len(psutil.Process(parent).children(recursive=True)) == 2 and len(os.listdir(f"/proc/{parent}/task")) == 2, 10, "it has not started them")
+                heirs = [p.pid for p in psutil.Process(parent).children(recursive=True)]
+                every = heirs + [int(t) for t in os.listdir(f"/proc/{parent}/task") if int(t) != parent]
+                assert all(attributes(p) == (os.SCHED_OTHER, 0, 0, CPUS[:1]) for p in every)
+                assert lib.sy_sched_restore(str(run_dir / "tasks").encode()) == 3
+                assert [attributes(p) for p in all_three] == before
+                assert all(attributes(p) == (os.SCHED_OTHER, 0, 0, CPUS) for p in every)
+                assert lib.sy_sched_restore(str(run_dir / "tasks").encode()) == 0
+        finally:
+            for p in heirs:
+                os.kill(p, signal.SIGKILL)
     assert lib.sy_sched_restore(str(run_dir / "none").encode()) == 0
     (run_dir / "tasks").write_bytes(b"x" * 100)
     assert lib.sy_sched_restore(str(run_dir / "tasks").encode()) < 0
@@ -481,12 +499,12 @@ def test_lost_records_lead_to_a_look_at_everything(root_dir: Path) -> None:
     run_dir.mkdir()
     churn = (
         PINGPONG.replace("print(flush=True)\ntime.sleep(100)", "").replace("time.sleep(0.0005 * (n + 1))", "pass")
-        + "print(flush=True)\ntime.sleep(1)\n"
+        + "print(flush=True)\ntime.sleep(0.7)\nimport os\nif not os.fork(): time.sleep(100)\ntime.sleep(0.3)\n"
         + "ended = threading.Thread(target=lambda: time.sleep(1.5)); ended.start()\nlate = threading.Thread(target=lambda: time.sleep(100), daemon=True); time.sleep(2); late.start()\ntime.sleep(100)"
     )
     code = (
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\nfrom test_sched import Sched, lib\ns = Sched(Path({str(run_dir)!r}))\n"
-        "print(flush=True)\npid = int(sys.stdin.readline())\nassert s.add(pid) == 0\nprint('added', flush=True)\ntime.sleep(100)"
+        "print(flush=True)\npid = int(sys.stdin.readline())\nassert s.add(pid) == 0\nprint('added', flush=True)\nassert lib.sy_gw_sched_remove(s.gw, int(sys.stdin.readline())) == 0\nprint('removed', flush=True)\ntime.sleep(100)"
     )
     reader = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -509,12 +527,18 @@ def test_lost_records_lead_to_a_look_at_everything(root_dir: Path) -> None:
                 return {int(t) for t in os.listdir(f"/proc/{pid}/task")}
 
             wait_for(lambda: tids() == real(), 5, "not all threads")
-            time.sleep(1.2)
+            below = wait_for(lambda: psutil.Process(pid).children(), 5, "it has no child")[0].pid
+            wait_for(lambda: below in tids(), 5, "nor its child")
+            reader.stdin.write(f"{below}\n")
+            reader.stdin.flush()
+            assert reader.stdout.readline() == "removed\n" and below not in tids()
+            time.sleep(0.5)
             os.kill(reader.pid, signal.SIGSTOP)
             time.sleep(2.5)
             os.kill(reader.pid, signal.SIGCONT)
             wait_for(lambda: int(header.lost) > 0 and int(header.resyncs) > 0, 10, f"nothing was lost: {int(header.records)} records")
             wait_for(lambda: tids() == real(), 10, "threads were forgotten")
+            os.kill(below, signal.SIGKILL)
     finally:
         reader.kill()
         reader.wait(10)

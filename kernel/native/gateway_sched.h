@@ -7,6 +7,7 @@
  * The rings are read under it, by their thread or by whoever must know the latest: commits, and callers that look at attributes. */
 #include <linux/perf_event.h>
 
+#define REMOVED 64
 #define RING_PAGES 256u             /* of one CPU: some 10,000 records */
 /* Between two readings: while ours block and wake; while others do; and for how long after it is waited for a bell instead. */
 #define BUSY_NS 200000ull
@@ -46,6 +47,8 @@ struct sched {
   uint64_t default_slice;
   uint32_t doubt;          /* next to be looked at */
   int looking;             /* tasks with looking_ns */
+  uint64_t removed[REMOVED]; /* processes that were removed last, by their first threads: not to be taken in again with their parents' others */
+  uint32_t nremoved;
 };
 
 /* ---------------------------------------------------------------- attributes */
@@ -465,6 +468,13 @@ static int read_rings(struct sy_gateway *g) {
 }
 /* Records were lost: /proc is the truth. Threads that have ended, states, and threads and processes that began (but for those of processes that have ended meanwhile: whose they were
  * nobody can tell). */
+static int was_removed(struct sched *s, uint32_t pid) {
+  struct stat_line l;
+  uint64_t id = read_stat(pid, pid, &l) ? 0 : gtid_of(pid, l.start);
+  for (int i = 0; id && i < REMOVED; i++)
+    if (s->removed[i] == id) return 1;
+  return 0;
+}
 static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *parent) {
   char p[64], c[300];
   snprintf(p, sizeof p, "/proc/%u/task", pid);
@@ -476,7 +486,7 @@ static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *pare
     snprintf(c, sizeof c, "/proc/%u/task/%u/children", pid, tid);
     FILE *f = fopen(c, "re");
     while (f && fscanf(f, "%u", &child) == 1)
-      if (!task_of(g->sched, child)) take_in_all(g, child, parent); /* (those that are known have their own turn) */
+      if (!task_of(g->sched, child) && !was_removed(g->sched, child)) take_in_all(g, child, parent); /* (those that are known have their own turn) */
     if (f) fclose(f);
   }
   if (d) closedir(d);
@@ -729,6 +739,8 @@ int sy_gw_sched_remove(struct sy_gateway *g, uint32_t pid) {
   pthread_mutex_lock(&s->lock);
   while (read_rings(g)) {
   }
+  struct stat_line l;
+  if (!read_stat(pid, pid, &l)) s->removed[s->nremoved++ % REMOVED] = gtid_of(pid, l.start);
   for (uint32_t i = 0; i < s->hdr->top; i++)
     if (s->task[i].gtid && s->task[i].pid == pid) let_out(g, &s->task[i], SY_MSG_TASK_DEPARTED), n++;
   pthread_mutex_unlock(&s->lock);
@@ -774,13 +786,54 @@ void sy_gw_sched_watchdog(struct sy_gateway *g, uint64_t ns) { g->sched->hdr->wa
 int sy_gw_tasks_fd(struct sy_gateway *g) { return g->sched->ro; }
 
 /* ---------------------------------------------------------------- start and stop */
+/* The CPU, if it is one; else -1. */
+static int one_cpu(const uint64_t *mask) {
+  int cpu = -1;
+  for (int w = 0; w < 16; w++) {
+    if (!mask[w]) continue;
+    if (cpu >= 0 || mask[w] & (mask[w] - 1)) return -1;
+    cpu = w * 64 + __builtin_ctzll(mask[w]);
+  }
+  return cpu;
+}
+/* What the pinned threads of process `of` have started since that gateway was killed, in process pid: it is in no table, and was left on the CPU of who started it.
+ * (It has none of their priority: SCHED_RESET_ON_FORK.) */
+static void put_heirs_right(const struct sy_task *t, uint32_t top, uint32_t of, uint32_t pid) {
+  char p[64], c[300];
+  snprintf(p, sizeof p, "/proc/%u/task", pid);
+  DIR *d = opendir(p);
+  for (struct dirent *e; d && (e = readdir(d));) {
+    uint32_t tid = (uint32_t)atoi(e->d_name), child, i = 0;
+    uint64_t mask[16];
+    if (!tid) continue;
+    while (i < top && !(t[i].gtid && t[i].tid == tid)) i++;
+    int cpu = i < top || get_mask(tid, mask) ? -1 : one_cpu(mask);
+    for (i = 0; cpu >= 0 && i < top; i++)
+      if (t[i].gtid && t[i].pid == of && t[i].run_cpu == cpu) set_mask(tid, t[i].own_mask), cpu = -1;
+    snprintf(c, sizeof c, "/proc/%u/task/%u/children", pid, tid);
+    FILE *f = fopen(c, "re");
+    while (f && fscanf(f, "%u", &child) == 1) {
+      for (i = 0; i < top && !(t[i].gtid && t[i].pid == child);) i++;
+      if (i == top) put_heirs_right(t, top, of, child);
+    }
+    if (f) fclose(f);
+  }
+  if (d) closedir(d);
+}
 /* Threads that a gateway which was killed left with attributes that are not their own. Number put right. */
 static int put_right(struct sy_task *t, uint32_t top) {
   int n = 0;
-  for (uint32_t i = 0; i < top && i < SY_MAX_TASKS; i++) {
+  if (top > SY_MAX_TASKS) top = SY_MAX_TASKS;
+  for (uint32_t i = 0; i < top; i++) {
     struct stat_line l;
-    if (!t[i].gtid || !(t[i].flags & SY_TF_TOUCHED) || read_stat(0, t[i].tid, &l) || gtid_of(t[i].tid, l.start) != t[i].gtid) continue;
-    n += !own_again(&t[i]);
+    if (!t[i].gtid || !(t[i].flags & SY_TF_TOUCHED) || read_stat(0, t[i].tid, &l) || gtid_of(t[i].tid, l.start) != t[i].gtid) t[i].run_cpu = -1;
+    else n += !own_again(&t[i]);
+  }
+  for (uint32_t i = 0; i < top; i++) {
+    uint32_t first = 0; /* each process once */
+    if (!t[i].gtid || t[i].run_cpu < 0) continue;
+    while (!t[first].gtid || t[first].run_cpu < 0 || t[first].pid != t[i].pid) first++;
+    if (first == i) put_heirs_right(t, top, t[i].pid, t[i].pid);
   }
   return n;
 }
