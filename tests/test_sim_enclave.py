@@ -459,8 +459,18 @@ class Life(RuleBasedStateMachine):
         else:
             self.refused("INVALID", op("FAULT_ORDER", **wanted))
 
-    @step(k=which, most=st.sampled_from([0, 30, 511]), advised=st.sampled_from([False, False, True]))
-    def collapse(self, k: int, most: int, advised: bool) -> bool:
+    @step(k=which, most=st.sampled_from([0, 30, 511]), advised=st.sampled_from([False, False, True]), alone=st.booleans())
+    def collapse(self, k: int, most: int, advised: bool, alone: bool) -> bool:
+        if alone and self.memory:  # where others have memory there is hardly ever room for another block
+            asid = self.program(k)
+            for other in sorted(set(self.memory) - {asid}):
+                self.forget(other)
+                self.m.exit(other)
+            self.m.unmap(asid, 0, PAGES)
+            self.memory[asid].clear()
+            self.locked.clear()
+            self.fill(asid, k % (PAGES // CHUNK), k % 2 * 4, k)
+            self.look()
         pfn = self.pick(self.f["state"] == MAPPED, k)
         if pfn is None:
             return False

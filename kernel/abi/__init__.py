@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,11 +40,10 @@ def _dtype(ctype: Any) -> np.dtype[Any]:
     raise TypeError(f"{ctype.cname} has no NumPy form")
 
 
-def names(prefix: str) -> dict[int, str]:
+@functools.cache
+def names(prefix: str) -> Mapping[int, str]:
     """Value -> name of the ABI's constants that begin with prefix, e.g. ``names("SY_FRAME_")[1] == "FREE"``."""
-    return {
-        getattr(lib, n): n[len(prefix) :] for n in dir(lib) if n.startswith(prefix) and isinstance(getattr(lib, n), int)
-    }
+    return MappingProxyType({getattr(lib, n): n[len(prefix) :] for n in dir(lib) if n.startswith(prefix) and isinstance(getattr(lib, n), int)})
 
 
 MSG_DTYPE = dtype_of("struct sy_msg")

@@ -155,9 +155,9 @@ struct wish { uint32_t asid, vpage, n; };
 
 /* Pages that are to go to other frames; from: NONE for a COLLAPSE, of which `most` pages may be untouched. */
 enum move_kind { TO_MOVE = 0, TO_SHARE = 1 /* MERGE */, TO_REMAP = 2 /* in pieces of 2^most, where they are */ };
-struct move { uint32_t asid, vpage, n, to, from, most, kind; };
+struct move { uint32_t asid, vpage, n, to, from, most, kind; }; /* most: of a MERGE its serial number */
 
-/* A page that is in a SHARED frame. pending: its stub has not answered yet; missed: see resync_shared. */
+/* A page that is in a SHARED frame. pending: its stub has not answered yet, to the MERGE of that serial number; missed: see resync_shared. */
 struct holder { uint32_t asid, vpage, next; uint16_t pending, missed; };
 #define MOVE_RING 1024u
 #define MOVING_MOST (8u * SY_CHUNK_PAGES) /* pages of one address space that may be on the way, … */

@@ -127,7 +127,7 @@ static void moved(struct sy_gateway *g, struct as *a, const uint64_t *args, int6
   pthread_mutex_lock(&g->lock);
   a->moving -= n, a->moves--;
   if (asked) drain_as(g, a, 2 * SY_CHANNEL_SLOTS); /* what it did, it said before */
-  if (share && asked) merged(g, a, (uint32_t)args[0], n, to, from, r);
+  if (share && asked) merged(g, a, (uint32_t)args[0], n, to, from, (uint32_t)args[4], r);
   for (uint32_t i = to, k; asked && !share && i < to + n; i += k) {
     k = 1;
     if (g->frames[i].asid != a->asid || !(g->frames[i].flags & SY_FF_TARGET)) continue;

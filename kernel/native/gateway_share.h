@@ -126,7 +126,7 @@ static void flag_mergeable(struct sy_gateway *g, struct as *a) {
 /* MERGE; see enum sy_op_code. queue() takes it on from here. */
 static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op, uint32_t n) {
   if (op->arg >= g->nframes || n > g->nframes - op->arg || (op->arg != op->pfn && op->arg < op->pfn + (uint64_t)n && op->pfn < op->arg + n)) return SY_R_INVALID;
-  uint32_t to = (uint32_t)op->arg;
+  uint32_t to = (uint32_t)op->arg, serial = g->move_head % UINT16_MAX + 1;
   if (!a) return SY_R_STALE;
   for (uint32_t i = 0; i < n; i++) {
     const struct sy_frame *f = &g->frames[op->pfn + i], *t = &g->frames[to + i];
@@ -138,18 +138,18 @@ static uint32_t merge(struct sy_gateway *g, struct as *a, const struct sy_op *op
   }
   if (a->moving + n > 4 * MOVING_MOST || a->moves >= SHARES_AT_ONCE || g->move_head - g->move_tail == MOVE_RING) return SY_R_BUSY;
   for (uint32_t i = 0; i < n; i++) {
-    if (to != op->pfn && add_holder(g, a, to + i, g->frames[op->pfn + i].vpage, 1)) { /* (it stays SHARED meanwhile, whoever else lets go) */
+    if (to != op->pfn && add_holder(g, a, to + i, g->frames[op->pfn + i].vpage, serial)) { /* (it stays SHARED meanwhile, whoever else lets go) */
       while (i--) drop_one(g, a, to + i, g->frames[op->pfn + i].vpage);
       return SY_R_BUSY;
     }
   }
   for (uint32_t i = 0; i < n; i++) g->frames[op->pfn + i].flags |= SY_FF_SHARING;
-  g->move[g->move_head++ % MOVE_RING] = (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, 0, 1};
+  g->move[g->move_head++ % MOVE_RING] = (struct move){a->asid, (uint32_t)g->frames[op->pfn].vpage, n, to, op->pfn, serial, 1};
   a->moving += n, a->moves++;
   return SY_R_COMPLETE;
 }
 /* The stub's answer to that. */
-static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t n, uint32_t to, uint32_t from, int64_t r) {
+static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t n, uint32_t to, uint32_t from, uint32_t serial, int64_t r) {
   for (uint32_t i = 0; i < n; i++) {
     struct sy_frame *f = &g->frames[from + i];
     uint64_t w = __atomic_load_n(&a->pte[vpage + i], __ATOMIC_ACQUIRE);
@@ -157,7 +157,7 @@ static void merged(struct sy_gateway *g, struct as *a, uint32_t vpage, uint32_t 
     if (r >= 0 && to == from && f->asid == a->asid && (w & SY_PTE_STATE_MASK) == SY_PTE_SHARED_RO && w >> SY_PTE_PFN_SHIFT == from + i) make_shared(g, a, from + i, 1, vpage + i);
     if (f->asid == a->asid && f->state == SY_FRAME_MAPPED) f->flags &= (uint8_t)~SY_FF_SHARING;
     uint32_t *at = g->frames[to + i].state == SY_FRAME_SHARED ? holder_of(g, a, to + i, vpage + i) : NULL;
-    if (!at || !g->holder[*at].pending) continue;
+    if (!at || g->holder[*at].pending != serial) continue; /* (it may have left, and been told to come again) */
     if (r < 0) drop_one(g, a, to + i, vpage + i);
     else g->holder[*at].pending = 0;
   }
