@@ -412,7 +412,7 @@ def paced(wrap: Managed, *what: tuple[int, float, float], seconds: float) -> Ite
                 raise RuntimeError("it does not begin")
         for p in running:
             if p.stdin:
-                p.stdin.write("\\n")
+                p.stdin.write("\n")
                 p.stdin.flush()
         yield running
     finally:

@@ -120,7 +120,7 @@ def test_disturbed(root_dir: Path, compiled: Compiled) -> None:
         r, turn, ps = random.Random(3), 0, list[subprocess.Popen[str]]()
         while turn < 3 or any(p.poll() is None for p in ps):  # each kind of disturbance once, at least: again, if they are through before
             if all(p.poll() is not None for p in ps):
-                ps += [e.popen([compiled("forked"), seed, 16 * 256, 400, 3], "--ksm") for seed in (11, 12)]
+                ps += [e.popen([compiled("forked"), seed, 16 * 256, 200, 3], "--ksm") for seed in (11, 12)]
             disturb(e, turn, r)
             turn += 1
             time.sleep(0.1)

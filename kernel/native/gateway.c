@@ -118,6 +118,7 @@ struct as {
   uint32_t moving, moves; /* pages queued to move, or told and not answered; in how many moves (under lock) */
   int starving;           /* order + 1 of the refill that it waits for; 0 = none. Server thread only */
   uint64_t starved_ns;    /* since when there has been nothing for it; 0 = not */
+  uint64_t fed_ns, fed_freed; /* when it was last looked for something, and g->freed then */
   uint64_t killed_ns;     /* ended for want of frames */
   int want_release;       /* sylvie release; under lock */
   int released;           /* turned native: freed when its socket hangs up */
@@ -182,6 +183,8 @@ struct sy_gateway {
   pthread_mutex_t lock;
   uint64_t *free_map;     /* 1 bit a frame: FREE */
   uint64_t nfree, hint;
+  uint64_t freed;               /* changes whenever a frame gets free: what was not there before may be now */
+  uint64_t no_fit[SY_MAX_ORDER + 1]; /* what that was when there was no free block of such an order */
   uint32_t *fnext, *fprev;
   struct as *as[MAX_AS];
   uint32_t nas, next_asid;
@@ -311,6 +314,7 @@ static uint8_t *frame_mem(struct sy_gateway *g, uint32_t pfn) {
 static void zone_free(struct sy_gateway *g, uint32_t zone, int64_t more) {
   struct sy_watermarks *m = &g->hdr->watermark[zone];
   m->free += (uint32_t)more;
+  if (more > 0) __atomic_store_n(&g->freed, g->freed + 1, __ATOMIC_RELAXED);
   uint32_t *told = &g->watermark_told[zone], mark = m->free < m->min ? 0 : m->free < m->low ? 1 : 2;
   if (mark == 2 ? *told != 2 && m->free >= m->high : mark < *told) {
     *told = mark;
@@ -414,7 +418,7 @@ static void disown(struct sy_gateway *g, struct as *a, uint32_t pfn) {
 /* Our own allocator, for when no component has prepared anything: first fit over the bitmap, next-fit hint. ISOLATED, or NONE. */
 static uint32_t first_fit(struct sy_gateway *g, int order) {
   uint32_t n = 1u << order, total = g->nframes;
-  if (g->nfree < n) return NONE;
+  if (g->nfree < n || g->no_fit[order] == g->freed) return NONE;
   uint32_t start = (uint32_t)g->hint & ~(n - 1);
   if (start >= total) start = 0;
   for (int lap = 0; lap < 2; lap++) {
@@ -434,6 +438,7 @@ static uint32_t first_fit(struct sy_gateway *g, int order) {
       p += n;
     }
   }
+  g->no_fit[order] = g->freed;
   return NONE;
 }
 

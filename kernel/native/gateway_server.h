@@ -508,6 +508,7 @@ static int part_a_fork(struct sy_gateway *g, uint32_t limit);
 static void feed(struct sy_gateway *g, struct as *a) {
   pthread_mutex_lock(&g->lock);
   int order = a->starving - 1;
+  a->fed_ns = now_ns(), a->fed_freed = g->freed;
   uint32_t got = mag_level(a, order) >= SY_MAG_SLOTS ? 1 : refill(g, a, order); /* (buddy may have filled it since it asked) */
   for (int o = order; o >= 0 && !got; o--) got = mag_level(a, o); /* buddy was quicker */
   uint32_t limit = a->zone && !has_room(g, a, 0) ? a->zone : 0; /* what it is that is short */
@@ -691,7 +692,8 @@ static int test_dying(struct sy_gateway *g) {
   uint64_t now = now_ns(), next = 0;
   for (uint32_t i = 0; i < g->nas; i++) {
     struct as *a = g->as[i];
-    if (a->starving && !a->dying) feed(g, a);
+    /* at once where something has become free, or it could be a while for who waits; but not with every message of anybody: they may be many */
+    if (a->starving && !a->dying && (a->fed_freed != __atomic_load_n(&g->freed, __ATOMIC_RELAXED) || now >= a->fed_ns + 1000000)) feed(g, a);
     if (a->starving && !a->dying) next = now + 1000000;
     if (!a->dying) continue;
     if (a->next_test_ns <= now) {
