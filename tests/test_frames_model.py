@@ -580,7 +580,7 @@ def test_frames_follow_the_model(real: Real) -> None:
     run_state_machine_as_test(
         bound,
         settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

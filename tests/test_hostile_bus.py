@@ -289,7 +289,7 @@ def one_generated(gateway: Gateway, frames: list[bytes]) -> None:
     assert gateway.components["buddy"].route == b"good"
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(frames=requests())
 def test_generated_requests(inside: Gateway, frames: list[bytes]) -> None:
     one_generated(inside, frames)

@@ -48,6 +48,7 @@ threading.Thread(target=lambda: (sys.stdin.read(), over.set())).start()
 while not over.is_set():
     assert subprocess.run(["sh", "-c", "echo $((6 * 7)) | cat"], capture_output=True, text=True, check=True).stdout == "42\n"
     children += 1
+    time.sleep(0.02)
 for t in work:
     t.join()
 print("sound", min(rounds) > 0, children > 0, flush=True)
