@@ -212,7 +212,7 @@ def test_running_programs_come_and_go(enclave: Enclave) -> None:
 
 def test_a_managed_program_is_given_later(enclave: Enclave) -> None:
     """Its own threads, not those that serve its memory."""
-    p = enclave.popen([sys.executable, "-c", "import time\nprint(flush=True)\nfor _ in range(10**6): time.sleep(0.002)"])
+    p = enclave.popen([sys.executable, "-c", "import time\nprint(flush=True)\nfor _ in range(10**6): time.sleep(0.002), sum(range(100_000))"])
     try:
         assert p.stdout and p.stdout.readline()
         enclave.cli("sched", "add", str(p.pid))
@@ -262,7 +262,7 @@ def test_a_bounded_fork_bomb(enclave: Enclave) -> None:
 def test_killed_gateway(root_dir: Path) -> None:
     """Programs go on; when there is a gateway again, or none any more, their threads have their own attributes."""
     e = bring_up(root_dir / "sg", "--ram", "128M")
-    p = subprocess.Popen([sys.executable, "-c", "import time\nprint(flush=True)\nwhile True: time.sleep(0.001)"], stdout=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, "-c", "import time\nprint(flush=True)\nwhile True: time.sleep(0.001), sum(range(100_000))"], stdout=subprocess.PIPE)
     try:
         assert p.stdout
         p.stdout.readline()

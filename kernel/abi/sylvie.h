@@ -161,7 +161,7 @@ struct sy_task {
   uint64_t own_slice;    /* … and sched_runtime of a policy that is not real-time, 0: the kernel's default */
   uint64_t looking_ns;   /* it, or somebody for it, is in a system call about its attributes since then: they are its own meanwhile; 0: no */
   uint64_t looker;       /* … which thread */
-  uint64_t pad[1];
+  uint64_t since_ns;     /* when it was taken in (CLOCK_BOOTTIME) */
   uint64_t own_mask[16];
 };
 struct sy_cpu {

@@ -66,6 +66,16 @@ static int get_mask(uint32_t tid, uint64_t *mask) {
   memset(mask, 0, MASK_BYTES);
   return syscall(SYS_sched_getaffinity, tid, (size_t)MASK_BYTES, mask) < 0 ? -errno : 0;
 }
+/* The CPU, if it is one; else -1. */
+static int one_cpu(const uint64_t *mask) {
+  int cpu = -1;
+  for (int w = 0; w < 16; w++) {
+    if (!mask[w]) continue;
+    if (cpu >= 0 || mask[w] & (mask[w] - 1)) return -1;
+    cpu = w * 64 + __builtin_ctzll(mask[w]);
+  }
+  return cpu;
+}
 static int real_time(int policy) { return policy == SCHED_FIFO || policy == SCHED_RR; }
 /* A nice value is a thread's own whatever its policy, and may have changed under ours. */
 static int nice_of(uint32_t tid, int otherwise) {
@@ -165,6 +175,18 @@ static int learn_own(struct sched *s, struct sy_task *t) {
   t->own_nice = real_time((int)a.policy) ? nice_of(t->tid, 0) : a.nice, t->own_slice = a.runtime == s->default_slice ? 0 : a.runtime;
   return 0;
 }
+/* … of one that was found after its start had been missed: the one CPU, and the ordinary priority, of who started it while that was chosen are not its own. */
+static void unlearn(struct sched *s, struct sy_task *t, const struct sy_task *parent) {
+  int cpu = one_cpu(t->own_mask);
+  for (uint32_t i = 0; cpu >= 0 && i < s->hdr->top; i++)
+    if (s->task[i].gtid && s->task[i].pid == parent->pid && s->task[i].flags & SY_TF_TOUCHED && s->task[i].run_cpu == cpu) memcpy(t->own_mask, s->task[i].own_mask, sizeof t->own_mask), cpu = -1;
+  if (t->own_policy == SCHED_OTHER && !t->own_nice && parent->flags & SY_TF_TOUCHED && !real_time(parent->own_policy)) t->own_policy = parent->own_policy, t->own_nice = parent->own_nice;
+}
+static uint64_t boot_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_BOOTTIME, &t);
+  return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
 /* The reader is to look what there is to do. */
 static void wake_reader(struct sched *s) {
   uint64_t one = 1;
@@ -187,8 +209,8 @@ static int is_service(struct sy_gateway *g, uint32_t tid) {
   pthread_mutex_unlock(&g->lock);
   return found;
 }
-/* Takes a thread in: of process pid, or, if its parent began a process, of its own. 0 or -errno. */
-static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_task *parent) {
+/* Takes a thread in: of process pid, or, if its parent began a process, of its own; begins: just now, else it was found. 0 or -errno. */
+static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_task *parent, int begins) {
   struct sched *s = g->sched;
   struct stat_line l = {0};
   if (tid >= TIDS) return -EINVAL;
@@ -203,14 +225,17 @@ static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_t
   }
   uint32_t i = s->nfree ? s->free[--s->nfree] : s->hdr->top++;
   struct sy_task *t = &s->task[i];
-  *t = (struct sy_task){.tid = tid, .pid = pid, .cpu = l.cpu, .run_cpu = -1, .parent = parent ? parent->gtid : 0, .switch_ns = now_ns()};
-  t->wake_ns = t->switch_ns;
+  *t = (struct sy_task){.tid = tid, .pid = pid, .cpu = l.cpu, .run_cpu = -1, .parent = parent ? parent->gtid : 0, .switch_ns = now_ns(), .since_ns = boot_ns()};
+  t->wake_ns = t->switch_ns, t->asid = parent && parent->pid == pid ? parent->asid : 0;
   int r = 0;
-  if (parent) { /* as the kernel would have it from what its parent set, whatever we made of that */
-    t->own_policy = parent->own_policy, t->own_nice = nice_of(parent->tid, parent->own_nice), t->own_priority = parent->own_priority, t->own_slice = parent->own_slice, t->asid = parent->pid == pid ? parent->asid : 0;
+  if (begins) { /* as the kernel would have it from what its parent set, whatever we made of that */
+    t->own_policy = parent->own_policy, t->own_nice = nice_of(parent->tid, parent->own_nice), t->own_priority = parent->own_priority, t->own_slice = parent->own_slice;
     memcpy(t->own_mask, parent->own_mask, sizeof t->own_mask);
     if (parent->own_reset && (real_time(t->own_policy) || t->own_nice < 0)) t->own_policy = real_time(t->own_policy) ? SCHED_OTHER : t->own_policy, t->own_nice = t->own_priority = 0;
-  } else r = learn_own(s, t), t->runtime = t->wake_runtime = run_so_far(pid, tid);
+  } else {
+    r = learn_own(s, t), t->runtime = t->wake_runtime = run_so_far(pid, tid);
+    if (!r && parent) unlearn(s, t, parent);
+  }
   t->gtid = 0;
   if (!r) s->by_tid[tid] = (uint16_t)(i + 1);
   if (!r && parent) setpriority(PRIO_PROCESS, tid, t->own_nice); /* one that a chosen thread began has none of its parent's (SCHED_RESET_ON_FORK) */
@@ -219,7 +244,7 @@ static int take_in(struct sy_gateway *g, uint32_t pid, uint32_t tid, struct sy_t
     s->by_tid[tid] = 0, s->free[s->nfree++] = (uint16_t)i;
     return r;
   }
-  t->flags |= parent || l.state == 'R' ? SY_TF_RUNNABLE : 0;
+  t->flags |= begins || l.state == 'R' ? SY_TF_RUNNABLE : 0;
   __atomic_store_n(&t->gtid, gtid_of(tid, l.start), __ATOMIC_RELEASE);
   s->hdr->count++;
   rings_on(s, 1);
@@ -395,13 +420,13 @@ static void record(struct sy_gateway *g, int cpu, uint64_t when, uint32_t curren
   } else if (id == p->wakeup_id || id == p->wakeup_new_id)
     woke(g, cpu, when, (uint32_t)i32(raw, p->wake_pid), i32(raw, p->wake_cpu));
   else if (id == p->fork_id) {
-    if ((t = task_of(s, (uint32_t)i32(raw, p->parent_pid)))) take_in(g, t->pid, (uint32_t)i32(raw, p->child_pid), t);
+    if ((t = task_of(s, (uint32_t)i32(raw, p->parent_pid)))) take_in(g, t->pid, (uint32_t)i32(raw, p->child_pid), t, 1);
   } else if (id == p->exit_id) {
     if ((t = task_of(s, (uint32_t)i32(raw, p->exit_pid)))) let_out(g, t, SY_MSG_TASK_DEAD);
   } else if (id == p->exec_id) { /* a thread that executes becomes its process's first */
     uint32_t tid = (uint32_t)i32(raw, p->exec_pid), old = (uint32_t)i32(raw, p->exec_old_pid);
     if (tid != old && (t = task_of(s, old))) {
-      if (!task_of(s, tid)) take_in(g, tid, tid, t);
+      if (!task_of(s, tid)) take_in(g, tid, tid, t, 0);
       let_out(g, t, SY_MSG_TASK_DEAD);
     }
   } else if (id == p->migrate_id) {
@@ -468,25 +493,28 @@ static int read_rings(struct sy_gateway *g) {
 }
 /* Records were lost: /proc is the truth. Threads that have ended, states, and threads and processes that began (but for those of processes that have ended meanwhile: whose they were
  * nobody can tell). */
-static int was_removed(struct sched *s, uint32_t pid) {
+/* Not of those: what its parent had started before that was given, and what has been removed. */
+static int is_heir(struct sched *s, uint32_t pid, uint64_t since_ns) {
   struct stat_line l;
-  uint64_t id = read_stat(pid, pid, &l) ? 0 : gtid_of(pid, l.start);
-  for (int i = 0; id && i < REMOVED; i++)
-    if (s->removed[i] == id) return 1;
-  return 0;
+  if (read_stat(pid, pid, &l)) return 0;
+  uint64_t tick = 1000000000ull / (uint64_t)sysconf(_SC_CLK_TCK);
+  if ((l.start + 1) * tick < since_ns) return 0;
+  for (int i = 0; i < REMOVED; i++)
+    if (s->removed[i] == gtid_of(pid, l.start)) return 0;
+  return 1;
 }
-static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *parent) {
+static void take_in_all(struct sy_gateway *g, uint32_t pid, struct sy_task *parent, uint64_t since_ns) {
   char p[64], c[300];
   snprintf(p, sizeof p, "/proc/%u/task", pid);
   DIR *d = opendir(p);
   for (struct dirent *e; d && (e = readdir(d));) {
     uint32_t tid = (uint32_t)atoi(e->d_name), child;
     if (!tid) continue;
-    take_in(g, pid, tid, parent);
+    take_in(g, pid, tid, parent, 0);
     snprintf(c, sizeof c, "/proc/%u/task/%u/children", pid, tid);
     FILE *f = fopen(c, "re");
     while (f && fscanf(f, "%u", &child) == 1)
-      if (!task_of(g->sched, child) && !was_removed(g->sched, child)) take_in_all(g, child, parent); /* (those that are known have their own turn) */
+      if (!task_of(g->sched, child) && is_heir(g->sched, child, since_ns)) take_in_all(g, child, parent, 0); /* (those that are known have their own turn) */
     if (f) fclose(f);
   }
   if (d) closedir(d);
@@ -509,8 +537,15 @@ static void resync_tasks(struct sy_gateway *g) {
     else if (!runs && t->flags & SY_TF_RUNNABLE) went_off(g, t->cpu < 0 ? 0 : t->cpu, now_ns(), t->tid, 1, 0);
     t->flags &= ~(uint32_t)(runs ? 0 : SY_TF_ON_CPU);
   }
-  for (uint32_t i = 0; i < top; i++)
-    if (s->task[i].gtid) take_in_all(g, s->task[i].pid, &s->task[i]);
+  for (uint32_t i = 0; i < top; i++) {
+    uint32_t first = 0; /* each process once */
+    uint64_t since = s->task[i].since_ns;
+    if (!s->task[i].gtid) continue;
+    while (!s->task[first].gtid || s->task[first].pid != s->task[i].pid) first++;
+    for (uint32_t k = first; first == i && k < top; k++)
+      if (s->task[k].gtid && s->task[k].pid == s->task[i].pid && s->task[k].since_ns < since) since = s->task[k].since_ns;
+    if (first == i) take_in_all(g, s->task[i].pid, &s->task[i], since);
+  }
 }
 
 /* ---------------------------------------------------------------- the watchdog, and time */
@@ -669,6 +704,7 @@ static uint32_t carry_out(struct sy_gateway *g, const struct sy_op *op, struct s
   if (flags & SY_RUN_SEND_ON_CPU && had & SY_TF_ON_CPU && t->cpu == cpu) say_task(g, SY_MSG_TASK_ON_CPU, t, 1);
   return SY_R_COMPLETE;
 }
+static int open_rings(struct sy_gateway *g);
 static int of_sched(const struct sy_op *op) { return op->op == SY_OP_RUN || op->op == SY_OP_TIMER; }
 static void commit_run(struct sy_gateway *g, struct sy_op *ops, int n) {
   struct sched *s = g->sched;
@@ -690,7 +726,8 @@ static void commit_run(struct sy_gateway *g, struct sy_op *ops, int n) {
       end = i + 1;
       if (op->op == SY_OP_TIMER) {
         op->result = op->pfn >= (uint32_t)s->ncpu ? SY_R_INVALID_CPU : SY_R_COMPLETE;
-        if (op->result == SY_R_COMPLETE) s->timer_ns[op->pfn] = op->barrier ? now_ns() + op->barrier * 1000ull : 0, s->timer_cookie[op->pfn] = op->arg;
+        if (op->result == SY_R_COMPLETE) open_rings(g); /* (whose thread keeps time) */
+      if (op->result == SY_R_COMPLETE) s->timer_ns[op->pfn] = op->barrier ? now_ns() + op->barrier * 1000ull : 0, s->timer_cookie[op->pfn] = op->arg;
         wake_reader(s);
       } else if (op->op == SY_OP_RUN && (op->result = check_run(s, op, &t)) == SY_R_COMPLETE) op->result = carry_out(g, op, t);
     } else
@@ -708,7 +745,6 @@ static void commit_run(struct sy_gateway *g, struct sy_op *ops, int n) {
 }
 
 /* ---------------------------------------------------------------- who is in */
-static int open_rings(struct sy_gateway *g);
 /* A process, with all its threads. 0 or -errno. */
 int sy_gw_sched_add(struct sy_gateway *g, uint32_t pid) {
   struct sched *s = g->sched;
@@ -726,7 +762,7 @@ int sy_gw_sched_add(struct sy_gateway *g, uint32_t pid) {
   for (int again = 2; again--;) { /* twice: those that began meanwhile, by one that was not ours yet */
     DIR *d = opendir(p);
     while (d && (e = readdir(d)))
-      if (atoi(e->d_name) && (r = take_in(g, pid, (uint32_t)atoi(e->d_name), NULL)) == 0) n++;
+      if (atoi(e->d_name) && (r = take_in(g, pid, (uint32_t)atoi(e->d_name), NULL, 0)) == 0) n++;
     if (d) closedir(d);
   }
   if (!s->hdr->count) rings_on(s, 0);
@@ -786,18 +822,8 @@ void sy_gw_sched_watchdog(struct sy_gateway *g, uint64_t ns) { g->sched->hdr->wa
 int sy_gw_tasks_fd(struct sy_gateway *g) { return g->sched->ro; }
 
 /* ---------------------------------------------------------------- start and stop */
-/* The CPU, if it is one; else -1. */
-static int one_cpu(const uint64_t *mask) {
-  int cpu = -1;
-  for (int w = 0; w < 16; w++) {
-    if (!mask[w]) continue;
-    if (cpu >= 0 || mask[w] & (mask[w] - 1)) return -1;
-    cpu = w * 64 + __builtin_ctzll(mask[w]);
-  }
-  return cpu;
-}
-/* What the pinned threads of process `of` have started since that gateway was killed, in process pid: it is in no table, and was left on the CPU of who started it.
- * (It has none of their priority: SCHED_RESET_ON_FORK.) */
+/* What the pinned threads of process `of` have started since that gateway was killed, in process pid: it is in no table, and was left on the CPU of who started it, with
+ * an ordinary priority (SCHED_RESET_ON_FORK). Threads that have ended since are in the table without their number. */
 static void put_heirs_right(const struct sy_task *t, uint32_t top, uint32_t of, uint32_t pid) {
   char p[64], c[300];
   snprintf(p, sizeof p, "/proc/%u/task", pid);
@@ -805,11 +831,15 @@ static void put_heirs_right(const struct sy_task *t, uint32_t top, uint32_t of, 
   for (struct dirent *e; d && (e = readdir(d));) {
     uint32_t tid = (uint32_t)atoi(e->d_name), child, i = 0;
     uint64_t mask[16];
+    struct attr a;
     if (!tid) continue;
     while (i < top && !(t[i].gtid && t[i].tid == tid)) i++;
-    int cpu = i < top || get_mask(tid, mask) ? -1 : one_cpu(mask);
-    for (i = 0; cpu >= 0 && i < top; i++)
-      if (t[i].gtid && t[i].pid == of && t[i].run_cpu == cpu) set_mask(tid, t[i].own_mask), cpu = -1;
+    int cpu = i < top || get_mask(tid, mask) || get_attr(tid, &a) || real_time((int)a.policy) ? -1 : one_cpu(mask); /* (a real-time one is a stub's, or has gone its own way) */
+    for (i = 0; cpu >= 0 && i < top; i++) {
+      if (!t[i].gtid || t[i].pid != of || t[i].run_cpu != cpu) continue;
+      if (a.policy == SCHED_OTHER && !a.nice && !real_time(t[i].own_policy)) set_attr(tid, (uint32_t)t[i].own_policy, t[i].own_nice, 0, 0, t[i].own_slice);
+      set_mask(tid, t[i].own_mask), cpu = -1;
+    }
     snprintf(c, sizeof c, "/proc/%u/task/%u/children", pid, tid);
     FILE *f = fopen(c, "re");
     while (f && fscanf(f, "%u", &child) == 1) {
@@ -826,14 +856,17 @@ static int put_right(struct sy_task *t, uint32_t top) {
   if (top > SY_MAX_TASKS) top = SY_MAX_TASKS;
   for (uint32_t i = 0; i < top; i++) {
     struct stat_line l;
-    if (!t[i].gtid || !(t[i].flags & SY_TF_TOUCHED) || read_stat(0, t[i].tid, &l) || gtid_of(t[i].tid, l.start) != t[i].gtid) t[i].run_cpu = -1;
-    else n += !own_again(&t[i]);
+    if (!(t[i].flags & SY_TF_TOUCHED)) t[i].run_cpu = -1;
+    if (!t[i].gtid) continue;
+    if (read_stat(0, t[i].tid, &l) || gtid_of(t[i].tid, l.start) != t[i].gtid) t[i].tid = 0;
+    else if (t[i].flags & SY_TF_TOUCHED) n += !own_again(&t[i]);
   }
   for (uint32_t i = 0; i < top; i++) {
-    uint32_t first = 0; /* each process once */
-    if (!t[i].gtid || t[i].run_cpu < 0) continue;
-    while (!t[first].gtid || t[first].run_cpu < 0 || t[first].pid != t[i].pid) first++;
-    if (first == i) put_heirs_right(t, top, t[i].pid, t[i].pid);
+    uint32_t first = 0, pinned = 0; /* each process that is there still, once */
+    if (!t[i].gtid || !t[i].tid) continue;
+    while (!t[first].gtid || !t[first].tid || t[first].pid != t[i].pid) first++;
+    while (pinned < top && !(t[pinned].gtid && t[pinned].pid == t[i].pid && t[pinned].run_cpu >= 0)) pinned++;
+    if (first == i && pinned < top) put_heirs_right(t, top, t[i].pid, t[i].pid);
   }
   return n;
 }
@@ -913,7 +946,8 @@ static void close_ring(struct ring *r) {
   if (r->bells) munmap(r->bells, 2 * PS);
   *r = (struct ring){0};
 }
-/* When the first thread is given: to open and close so many events takes the kernel the better part of a second, which nobody else should wait for (under lock). 0 or -errno. */
+/* When the first thread is given (under lock): that takes some milliseconds, but to close so many events takes the kernel the better part of a second, which nobody should wait
+ * for at the end who schedules nothing. 0 or -errno. */
 static int open_rings(struct sy_gateway *g) {
   struct sched *s = g->sched;
   for (int i = 0; i < s->ncpu && !s->have_thread; i++) {
@@ -922,11 +956,13 @@ static int open_rings(struct sy_gateway *g) {
     if (open_ring(s, r)) {
       int e = errno;
       close_ring(r);
-      if (e == ENODEV || e == ENXIO) continue; /* offline */
+      if (e == ENODEV || e == ENXIO) { /* offline */
+        s->cpu[i].state = 0;
+        continue;
+      }
       while (s->nrings) close_ring(&s->ring[--s->nrings]);
       return -e;
     }
-    s->cpu[i].state = SY_CPU_ONLINE, s->cpu[i].seqnum = 1;
     s->poll[s->nrings++] = (struct pollfd){.fd = r->bell[0], .events = POLLIN};
   }
   if (s->have_thread) return 0;
@@ -947,7 +983,17 @@ int sy_gw_sched_start(struct sy_gateway *g, const struct sy_tracepoints *tp) {
   if (s->ncpu > SY_MAX_CPUS) s->ncpu = SY_MAX_CPUS;
   s->ring = calloc((size_t)s->ncpu, sizeof *s->ring), s->poll = calloc((size_t)s->ncpu + 1, sizeof *s->poll);
   s->poke = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  return !s->ring || !s->poll || s->poke < 0 ? -errno : 0;
+  if (!s->ring || !s->poll || s->poke < 0) return -errno;
+  for (int i = 0; i < s->ncpu; i++) {
+    char p[64], online = '1'; /* (the first has no such file: it always is) */
+    snprintf(p, sizeof p, "/sys/devices/system/cpu/cpu%d/online", i);
+    int fd = open(p, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0 && read(fd, &online, 1) != 1) online = '1';
+    if (fd >= 0) close(fd);
+    s->cpu[i].state = online == '0' ? 0 : SY_CPU_ONLINE, s->cpu[i].seqnum = 1;
+  }
+  int fd = open_event(0, 0, -1, 0, NULL); /* may we at all? */
+  return fd < 0 ? -errno : close(fd);
 }
 static void sched_stop(struct sy_gateway *g) {
   struct sched *s = g->sched;

@@ -421,6 +421,23 @@ static int is_look(int nr) {
   return nr == SYS_sched_setparam || nr == SYS_sched_getparam || nr == SYS_sched_setscheduler || nr == SYS_sched_getscheduler || nr == SYS_sched_setaffinity || nr == SYS_sched_getaffinity ||
          nr == SYS_sched_setattr || nr == SYS_sched_getattr;
 }
+/* The process that `caller` means by a number, of any of its threads; 0: itself. In a pid namespace of its own it sees other numbers than we do: nobody that we could name, then. */
+static uint64_t whom(struct sy_gateway *g, pid_t caller, pid_t tid) {
+  char p[64], b[1024];
+  snprintf(p, sizeof p, "/proc/%d/status", caller);
+  char *q = strstr(read_proc(g, p, b, sizeof b), "\nNSpid:"), *end;
+  long own = caller;
+  int numbers = 0;
+  for (q = q ? q + 7 : NULL; q; numbers++, q = end) {
+    long x = strtol(q, &end, 10);
+    if (end == q) break;
+    own = x;
+  }
+  if (!tid || tid == own) return 0;
+  if (numbers > 1) return UINT32_MAX;
+  long of = status_field(g, tid, "\nTgid:");
+  return of == caller ? 0 : of > 0 ? (uint64_t)of : (uint32_t)tid;
+}
 static void notification(struct sy_gateway *g, struct conn *lc) {
   union { struct seccomp_notif n; char room[256]; } u;
   struct sy_keeper_page *page = lc->peer ? lc->peer->page : NULL;
@@ -459,7 +476,7 @@ static void notification(struct sy_gateway *g, struct conn *lc) {
     if (!as_of_process(g, pid)) mark(g, pid);
     break;
   case SYS_prlimit64: /* may be meant for somebody else: of the same user, or the kernel will say no */
-    if ((pid_t)u.n.data.args[0] == pid) u.n.data.args[0] = 0;
+    u.n.data.args[0] = whom(g, pid, (pid_t)u.n.data.args[0]);
     if (u.n.data.args[0]) {
       long caller = status_field(g, pid, "\nUid:");
       pid = (pid_t)u.n.data.args[0];

@@ -37,16 +37,17 @@ LIMIT = float(os.environ.get("SYLVIE_VM_LIMIT", 900))  # seconds for everything 
 
 # What is run there: the real topology, and the core on it.
 TESTS = [
-    # (not yet test_hot_pages_come_to_the_fast_node, nor thp's mapped_by_huge_entries: what kept them from their ends is mended, but they have run too seldom since)
     "tests/test_numa.py::test_the_kernels_topology_is_shown",
     "tests/test_numa.py::test_each_nodes_ram_is_its_own",
     "tests/test_numa.py::test_pages_come_to_the_cpu_that_touches_them",
+    "tests/test_numa.py::test_hot_pages_come_to_the_fast_node",
     "tests/test_numa.py::test_what_this_kernel_lacks",
     "tests/test_numa.py::test_heat_comes_from_hint_faults",
     "tests/test_autonuma.py::test_interleaved",
     "tests/test_autonuma.py::test_all_components_killed_at_once",
     "tests/test_autonuma.py::test_the_machines_own_nodes",
     "tests/test_autonuma.py::test_shown",
+    "tests/test_thp.py::test_mapped_by_huge_entries_while_threads_write",
     "tests/test_thp.py::test_who_does_not_want_them_has_none[never]",
     "tests/test_programs.py::test_memory_is_really_managed",
     "tests/test_programs.py::test_every_call_behaves_as_natively",
